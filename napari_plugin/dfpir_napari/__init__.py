@@ -1,0 +1,1 @@
+"""The napari plugin of dfpir. It is not written yet: this package keeps its place."""

@@ -1,0 +1,431 @@
+"""Look at pixels and say what is wrong with them: the kind of degradation, and how much noise.
+
+The picture is never shrunk, because shrinking removes what has to be seen: noise, streaks and
+blur live in single pixels. Instead up to twelve crops at native resolution are judged, every place
+in them gives a vote and a weight, and the weighted mean of all votes decides.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfpir.checkpoint import CheckpointError
+from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
+
+FORMAT = "dfpir-classifier-1"
+"""Value of ``format`` in the metadata of classifier files."""
+
+NOISE = "noise"
+NOISE_LEVELS = tuple(member for member in Degradation if member.sigma is not None)
+KINDS = (NOISE, *(member.value for member in Degradation if member.sigma is None), CLEAN)
+"""What the network tells apart, in the order of its logits; noise of any strength is one kind."""
+
+CROP = 128
+"""Side in pixels of a crop."""
+
+MOST_CROPS = 12
+SMALLEST_CROP = 32
+"""A picture with a shorter side than this is continued by reflection."""
+
+DECISION = 0.6
+"""A verdict other than "unsure" needs at least this probability."""
+
+NOISE_SPREAD = 0.2
+"""How softly noise is dealt to its prompts: a standard deviation in natural log of sigma."""
+
+TYPICAL_SIGMA = 20.0
+"""The noise regression predicts the logarithm of sigma relative to this many grey levels."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierConfig:
+    """Sizes of the network.
+
+    Attributes
+    ----------
+    widths : tuple of int
+        Channels at a half, a quarter, ... of the resolution.
+    hidden : int
+        Channels between the last of these and the votes.
+    """
+
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+    hidden: int = 128
+
+
+class ResidualConvolution(nn.Module):
+    """Halve the resolution with one convolution, then refine with another around which x skips."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        self.reduce_norm = nn.BatchNorm2d(outputs)
+        self.refine = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.refine_norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return features of half the height and width."""
+        reduced = F.relu(self.reduce_norm(self.reduce(features)))
+        return F.relu(reduced + self.refine_norm(self.refine(reduced)))
+
+
+class DegradationClassifier(nn.Module):
+    """A small convolutional network whose every position votes on the kind of degradation.
+
+    Parameters
+    ----------
+    config : ClassifierConfig
+
+    Examples
+    --------
+    >>> model = DegradationClassifier().eval()
+    >>> logits, log_sigma = model(torch.rand(2, 3, 64, 64))
+    >>> logits.shape, log_sigma.shape
+    (torch.Size([2, 6]), torch.Size([2]))
+    """
+
+    temperature: Tensor
+
+    def __init__(self, config: ClassifierConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or ClassifierConfig()
+        widths = self.config.widths
+        self.stages = nn.Sequential(
+            *(
+                ResidualConvolution(inputs, outputs)
+                for inputs, outputs in zip((6, *widths), widths, strict=False)
+            )
+        )
+        self.hidden = nn.Conv2d(widths[-1], self.config.hidden, 1)
+        self.context = nn.Linear(2 * widths[-1], self.config.hidden)
+        # Logits, log sigma, and a weight for each of the two.
+        self.vote = nn.Conv2d(self.config.hidden, len(KINDS) + 3, 1)
+        self.register_buffer("temperature", torch.ones(1))
+
+    @property
+    def stride(self) -> int:
+        """Pixels between two votes."""
+        return int(2 ** len(self.config.widths))
+
+    def votes(self, pixels: Tensor) -> Tensor:
+        """Return the votes (N, kinds + 3, H / stride, W / stride) of crops (N, 3, H, W)."""
+        pixels = pixels.clamp(-1, 2)
+        padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
+        columns = padded[..., :-2] + padded[..., 1:-1] + padded[..., 2:]
+        mean = (columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]) / 9
+        # Noise of a few grey levels would drown among shapes a hundred times as strong.
+        detail = torch.asinh(16 * (pixels - mean))
+        features = torch.cat([2 * pixels - 1, detail], dim=1)
+        features = self.stages(features)
+        # Whether a dim spot is darkness or a bright line a streak, its crop has to tell.
+        context = self.context(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1))
+        hidden = F.relu(self.hidden(features) + context[:, :, None, None])
+        return self.vote(hidden)  # type: ignore[no-any-return]
+
+    def count(self, votes: Tensor) -> tuple[Tensor, Tensor]:
+        """Average votes (N, kinds + 3, ...) over places; see `forward` for what is returned."""
+        votes = votes.flatten(2)
+        kinds = len(KINDS)
+        # Bounded weights, so that no single place can outvote a whole picture.
+        weights = votes[:, -2:].sigmoid() + 0.01
+        weights = weights / weights.sum(dim=2, keepdim=True)
+        logits = (votes[:, :kinds] * weights[:, :1]).sum(dim=2)
+        relative = (votes[:, kinds] * weights[:, 1]).sum(dim=1)
+        return logits / self.temperature, relative + math.log(TYPICAL_SIGMA)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Judge each picture of a batch as a whole.
+
+        Parameters
+        ----------
+        pixels : Tensor, (N, 3, H, W), values 0..1
+
+        Returns
+        -------
+        logits : Tensor, (N, 6)
+            In the order of `KINDS`.
+        log_sigma : Tensor, (N,)
+            Natural logarithm of the noise's standard deviation in grey levels of 0..255;
+            meaningful for noisy pictures only.
+        """
+        return self.count(self.votes(pixels))
+
+
+def reflected(length: int, wanted: int) -> Tensor:
+    """Return indices 0..length - 1 that run to and fro until there are `wanted` of them."""
+    steps = torch.arange(max(length, wanted)) % (2 * length)
+    return torch.minimum(steps, 2 * length - 1 - steps)
+
+
+def grid(height: int, width: int) -> tuple[int, int]:
+    """Return into how many rows and columns of crops a picture is divided: 12 at most in all.
+
+    No more than cover the picture, and spread like its sides.
+    """
+    rows, columns = (math.ceil(side / CROP) for side in (height, width))
+    while rows * columns > MOST_CROPS:
+        if rows / height > columns / width and rows > 1:
+            rows -= 1
+        else:
+            columns -= 1
+    return rows, columns
+
+
+def starts(length: int, size: int, count: int) -> list[int]:
+    """Return `count` evenly spaced starts of crops of `size` within `length`, ends included."""
+    if count == 1:
+        return [(length - size) // 2]
+    return [round(i * (length - size) / (count - 1)) for i in range(count)]
+
+
+def crops(pixels: Tensor) -> Tensor:
+    """Return evenly placed crops of each picture at native resolution.
+
+    Parameters
+    ----------
+    pixels : Tensor, (N, 3, H, W)
+
+    Returns
+    -------
+    Tensor, (N, crops, 3, h, w)
+        One to twelve crops; h and w are 32..128.
+    """
+    for axis in (2, 3):
+        if pixels.shape[axis] < SMALLEST_CROP:
+            indices = reflected(pixels.shape[axis], SMALLEST_CROP).to(pixels.device)
+            pixels = pixels.index_select(axis, indices)
+    height, width = pixels.shape[-2:]
+    rows, columns = grid(height, width)
+    high, wide = min(height, CROP), min(width, CROP)
+    return torch.stack(
+        [
+            pixels[..., top : top + high, left : left + wide]
+            for top in starts(height, high, rows)
+            for left in starts(width, wide, columns)
+        ],
+        dim=1,
+    )
+
+
+@torch.no_grad()
+def judge(model: DegradationClassifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (N, 6) and log sigma (N,) of whole pictures, in float64 on the CPU."""
+    logits, log_sigma = [], []
+    for picture in pixels.float():
+        votes = model.votes(crops(picture[None])[0])  # (crops, kinds + 3, h, w)
+        counted = model.count(votes.transpose(0, 1)[None])
+        logits.append(counted[0].double().cpu())
+        log_sigma.append(counted[1].double().cpu())
+    return torch.cat(logits), torch.cat(log_sigma)
+
+
+def shares(sigma: float) -> dict[Degradation, float]:
+    """Deal noise of standard deviation `sigma` to the three prompts; the shares sum to 1.
+
+    The largest share belongs to `Degradation.nearest_noise(sigma)`.
+    """
+    distances = [math.log(sigma / (level.sigma or 1.0)) / NOISE_SPREAD for level in NOISE_LEVELS]
+    nearest = min(map(abs, distances))
+    closeness = [math.exp(0.5 * (nearest**2 - distance**2)) for distance in distances]
+    # Half-way between two prompts rounding must not decide otherwise than `nearest_noise`.
+    closeness[NOISE_LEVELS.index(Degradation.nearest_noise(sigma))] += 1e-6
+    total = sum(closeness)
+    return {level: each / total for level, each in zip(NOISE_LEVELS, closeness, strict=True)}
+
+
+def diagnosis(kinds: Mapping[str, float], sigma: float) -> Diagnosis:
+    """Turn the probabilities of `KINDS` and a noise estimate into a diagnosis."""
+    dealt = {level.value: kinds[NOISE] * share for level, share in shares(sigma).items()}
+    others = {name: kinds[name] for name in KINDS if name != NOISE}
+    likeliest = max(kinds, key=lambda name: kinds[name])
+    suspect = max((name for name in kinds if name != CLEAN), key=lambda name: kinds[name])
+    verdict: Verdict = "unsure"
+    if kinds[likeliest] >= DECISION:
+        verdict = "clean" if likeliest == CLEAN else "degraded"
+    degradation = None
+    if verdict != "clean":
+        noisy = suspect == NOISE
+        degradation = Degradation.nearest_noise(sigma) if noisy else Degradation.from_name(suspect)
+    estimate = sigma if degradation in NOISE_LEVELS else None
+    return Diagnosis(verdict, degradation, {**dealt, **others}, estimate)
+
+
+def classify(model: DegradationClassifier, pixels: Tensor) -> list[Diagnosis]:
+    """Diagnose each picture of a batch.
+
+    The result for a picture depends neither on the others nor on chance.
+
+    Parameters
+    ----------
+    model : DegradationClassifier
+        In evaluation mode, on the device of `pixels`.
+    pixels : Tensor, (N, 3, H, W), values 0..1, any float dtype
+        Whole pictures of any size; values outside 0..1, as unclipped noise has, are welcome.
+
+    Returns
+    -------
+    list of Diagnosis
+        The verdict is "degraded" or "clean" where that has a probability of at least
+        `DECISION`, otherwise "unsure". ``sigma`` is given where noise is the likeliest
+        degradation and the verdict is not "clean".
+
+    Raises
+    ------
+    ValueError
+        If `pixels` has not four axes with three channels and at least one pixel.
+
+    Examples
+    --------
+    >>> [found] = classify(DegradationClassifier().eval(), torch.rand(1, 3, 40, 50))
+    >>> round(sum(found.probabilities.values()), 6)
+    1.0
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape[2:]:
+        message = (
+            f"Cannot classify a tensor of shape {tuple(pixels.shape)}; expected (N, 3, H, W) with "
+            "at least one pixel. Convert arrays by dfpir.pixels.to_pixels."
+        )
+        raise ValueError(message)
+    if not len(pixels):
+        return []
+    logits, log_sigma = judge(model, pixels)
+    return [
+        diagnosis(dict(zip(KINDS, probabilities, strict=True)), math.exp(min(max(log, 0.0), 5.0)))
+        for probabilities, log in zip(
+            logits.softmax(dim=1).tolist(), log_sigma.tolist(), strict=True
+        )
+    ]
+
+
+def stored_state(model: DegradationClassifier) -> dict[str, Tensor]:
+    """Return the tensors that a file holds: all but the step counters of training."""
+    state = model.state_dict()
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def save_classifier(
+    model: DegradationClassifier, path: Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write weights and sizes as safetensors; the file appears complete or not at all.
+
+    Convolutions are stored in float16 (a relative error of 5e-4 per weight), the rest in float32.
+
+    Parameters
+    ----------
+    model : DegradationClassifier
+    path : Path
+    metadata : mapping of str to str, optional
+        Further facts for the header.
+    """
+    tensors = {
+        key: value.to("cpu", torch.float16 if value.ndim == 4 else torch.float32).contiguous()
+        for key, value in stored_state(model).items()
+    }
+    config = {**asdict(model.config), "kinds": KINDS}
+    header = {**(metadata or {}), "format": FORMAT, "config": json.dumps(config)}
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, header)
+    partial.replace(path)
+
+
+def load_classifier(path: Path) -> DegradationClassifier:
+    """Read a file written by `save_classifier`.
+
+    Returns
+    -------
+    DegradationClassifier
+        In float32 and evaluation mode, on the CPU.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, damaged, not a classifier of dfpir, or contradicts itself.
+    """
+    advice = "Reinstall dfpir, or give a classifier written by it."
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        message = f"{path}: no such classifier file. {advice}"
+        raise CheckpointError(message) from None
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        message = f"{path}: not a safetensors file, or a damaged one ({reason}). {advice}"
+        raise CheckpointError(message) from None
+    if header.get("format") != FORMAT:
+        message = (
+            f"{path}: not a classifier of dfpir: its format is {header.get('format')!r}, "
+            f"expected {FORMAT!r}. {advice}"
+        )
+        raise CheckpointError(message)
+    try:
+        config = config_of(
+            {key: tuple(value.shape) for key, value in tensors.items()},
+            json.loads(header.get("config", "null")),
+        )
+        return build(config, tensors)
+    except (CheckpointError, json.JSONDecodeError) as error:
+        message = f"{path}: {error} {advice}"
+        raise CheckpointError(message) from None
+
+
+def config_of(shapes: Mapping[str, Sequence[int]], claimed: object) -> ClassifierConfig:
+    """Read the sizes off the shapes of the tensors and compare them with what the header claims.
+
+    Raises
+    ------
+    CheckpointError
+        If they differ, or the kinds are not `KINDS`.
+    """
+    stages = sum(key.endswith("reduce.weight") for key in shapes)
+    names = [f"stages.{stage}.reduce.weight" for stage in range(stages)]
+    missing = [name for name in (*names, "hidden.weight") if not shapes.get(name)]
+    if missing or not stages:
+        message = f"no classifier's tensors: {', '.join(missing) or 'stages'} not found."
+        raise CheckpointError(message)
+    config = ClassifierConfig(tuple(shapes[name][0] for name in names), shapes["hidden.weight"][0])
+    truth = json.loads(json.dumps({**asdict(config), "kinds": KINDS}))
+    if claimed != truth:
+        message = f"its header says {claimed}, its tensors and this version of dfpir {truth}."
+        raise CheckpointError(message)
+    return config
+
+
+def build(config: ClassifierConfig, tensors: Mapping[str, Tensor]) -> DegradationClassifier:
+    """Return the network of `config` with exactly these tensors, in evaluation mode.
+
+    Raises
+    ------
+    CheckpointError
+        If keys are missing or left over, shapes differ, or values are not finite.
+    """
+    model = DegradationClassifier(config)
+    expected = {key: tuple(value.shape) for key, value in stored_state(model).items()}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    problems = [
+        *(f"missing {key}" for key in sorted(expected.keys() - found.keys())),
+        *(f"unexpected {key}" for key in sorted(found.keys() - expected.keys())),
+        *(
+            f"{key} is {found[key]}, expected {expected[key]}"
+            for key in sorted(expected.keys() & found.keys())
+            if expected[key] != found[key]
+        ),
+        *(f"{key} is not finite" for key in sorted(found) if not tensors[key].isfinite().all()),
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
+        message = f"these tensors do not make a classifier: {shown}."
+        raise CheckpointError(message)
+    model.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=False)
+    return model.eval().requires_grad_(False)

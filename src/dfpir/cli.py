@@ -1,0 +1,505 @@
+"""The command line: restore, classify, weights, train, evaluate, demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dfpir.degradation import CLEAN, Degradation
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dfpir.model import Progress
+    from dfpir.restorer import Restoration, Restorer
+
+logger = logging.getLogger(__name__)
+
+FAILED = 1
+"""Exit status when a file could not be done."""
+USAGE = 2
+"""Exit status when the command itself does not make sense."""
+
+
+class UsageError(Exception):
+    """The command does not make sense; one line says why and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, then how to get help."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with status 2."""
+        self.exit(USAGE, f"{self.prog}: {message}. See `{self.prog} --help`.\n")
+
+
+def strength(text: str) -> float:
+    """Read a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 1:
+        message = f"expected a number from 0 to 1, found {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    parser = Parser(
+        prog="dfpir",
+        description="Find what degraded a picture, and restore it. Works offline.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    add_restore(commands)
+    add_classify(commands)
+    add_weights(commands)
+    add_train(commands)
+    add_evaluate(commands)
+    add_demo(commands)
+    return parser
+
+
+Commands = "argparse._SubParsersAction[Parser]"
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of weights and device."""
+    parser.add_argument(
+        "--weights", metavar="NAME|PATH", help="a name of `dfpir weights list`, or a file"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu"
+    )
+
+
+def add_restore(commands: Commands) -> None:
+    """Add `dfpir restore`."""
+    parser = commands.add_parser("restore", help="restore pictures")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="pictures or folders")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="OUT",
+        help="a picture's name for one input; a folder otherwise",
+    )
+    parser.add_argument(
+        "--degradation",
+        default="auto",
+        choices=["auto", *(member.value for member in Degradation)],
+        help="what to remove (default: let the classifier say)",
+    )
+    parser.add_argument(
+        "--strength",
+        type=strength,
+        default=1.0,
+        metavar="0..1",
+        help="0 keeps the input, 1 restores fully (default)",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="also write <name>-compare.png, before and after"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    add_device(parser)
+    parser.set_defaults(run=run_restore)
+
+
+def add_classify(commands: Commands) -> None:
+    """Add `dfpir classify`."""
+    parser = commands.add_parser("classify", help="say what is wrong with pictures")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="pictures or folders")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.set_defaults(run=run_classify)
+
+
+def add_weights(commands: Commands) -> None:
+    """Add `dfpir weights list|verify|import|path`."""
+    parser = commands.add_parser("weights", help="list, verify, find or import weights")
+    actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=Parser)
+    listing = actions.add_parser("list", help="show what there is")
+    listing.set_defaults(run=run_weights_list)
+    verifying = actions.add_parser("verify", help="compare files with their hashes and load them")
+    verifying.add_argument("names", nargs="*", metavar="NAME", help="default: all that are here")
+    verifying.set_defaults(run=run_weights_verify)
+    finding = actions.add_parser("path", help="print where a weights file is")
+    finding.add_argument("name", nargs="?", metavar="NAME", help="default: the default weights")
+    finding.set_defaults(run=run_weights_path)
+    importing = actions.add_parser("import", help="convert a published .pth.tar to safetensors")
+    importing.add_argument("file", type=Path, metavar="FILE")
+    importing.add_argument(
+        "--text-codes",
+        required=True,
+        type=Path,
+        metavar="CODES.safetensors",
+        help="CLIP text codes, one tensor of 512 values named after each degradation",
+    )
+    importing.add_argument("-o", "--output", type=Path, help="default: FILE's name, .safetensors")
+    importing.add_argument("--overwrite", action="store_true")
+    importing.set_defaults(run=run_weights_import)
+
+
+def add_train(commands: Commands) -> None:
+    """Add `dfpir train`."""
+    parser = commands.add_parser("train", help="train weights on a folder of sharp pictures")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="OUT.safetensors", help="the weights"
+    )
+    parser.add_argument("--preset", choices=["compact", "paper"], default="compact")
+    parser.add_argument("--patches", type=int, metavar="N", help="patches to see in all")
+    parser.add_argument("--batch", type=int, metavar="N", help="patches per step")
+    parser.add_argument("--patch", type=int, metavar="N", help="side of a patch in pixels")
+    parser.add_argument("--learning-rate", type=float, metavar="X")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--device", default="auto", metavar="DEVICE")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT's .state file")
+    parser.add_argument(
+        "--from", dest="start", metavar="NAME|PATH", help="start from these weights"
+    )
+    parser.add_argument(
+        "--classifier", action="store_true", help="train the classifier, not the network"
+    )
+    parser.set_defaults(run=run_train)
+
+
+def add_evaluate(commands: Commands) -> None:
+    """Add `dfpir evaluate`."""
+    parser = commands.add_parser("evaluate", help="score weights on public pictures")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores as JSON too")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="default: all in DIR")
+    add_device(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def add_demo(commands: Commands) -> None:
+    """Add `dfpir demo`."""
+    parser = commands.add_parser("demo", help="degrade, diagnose and restore bundled pictures")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("dfpir-demo"), metavar="DIR", help="a folder"
+    )
+    add_device(parser)
+    parser.set_defaults(run=run_demo)
+
+
+def say(line: str) -> None:
+    """Print a line of results."""
+    print(line, flush=True)
+
+
+def complain(line: str) -> None:
+    """Print a line about a failure or a note to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A progress bar for work measured as (done, total), shown after half a second."""
+
+    def __init__(self, description: str) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(desc=description, delay=0.5, leave=False, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Progress:
+        return self.update
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def update(self, done: int, total: int) -> None:
+        """Show `done` of `total`."""
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+
+def name_outputs(inputs: Sequence[Path], output: Path) -> list[Path]:
+    """Return the output of each input: a file's name for one picture, else names in a folder.
+
+    Raises
+    ------
+    UsageError
+        If several inputs would go to one file.
+    """
+    from dfpir.files import SUPPORTED_SUFFIXES
+
+    names_a_file = output.suffix.lower() in SUPPORTED_SUFFIXES and not output.is_dir()
+    if names_a_file:
+        if len(inputs) > 1:
+            message = f"{output} names one picture, but there are {len(inputs)} inputs; name a folder"
+            raise UsageError(message)
+        return [output]
+    named: dict[Path, Path] = {}
+    for path in inputs:
+        target = output / path.name
+        if target in named:
+            message = f"{named[target]} and {path} would both become {target}; restore them apart"
+            raise UsageError(message)
+        named[target] = path
+    return list(named)
+
+
+def each_file(
+    paths: Sequence[Path], work: Callable[[int, Path], None], doing: str
+) -> int:
+    """Do all files; report the failed ones at the end and by the exit status."""
+    failures = []
+    for number, path in enumerate(paths):
+        try:
+            work(number, path)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = reason if str(path) in reason else f"{path}: {reason}"
+            failures.append(reason)
+            complain(f"failed: {reason}")
+    if failures and len(paths) > 1:
+        complain(f"{len(failures)} of {len(paths)} pictures could not be {doing}:")
+        for reason in failures:
+            complain(f"  {reason}")
+    return FAILED if failures else 0
+
+
+def run_restore(options: argparse.Namespace) -> int:
+    """Carry out `dfpir restore`."""
+    from dfpir.files import find_images, read_image, write_image
+    from dfpir.restorer import Restorer
+
+    paths = find_images(options.inputs)
+    outputs = name_outputs(paths, options.output)
+    for path, target in zip(paths, outputs, strict=True):
+        if target.exists() and path.resolve() == target.resolve() and not options.overwrite:
+            message = f"{target} is an input and would be replaced; add --overwrite, or another -o"
+            raise UsageError(message)
+        if target.exists() and not options.overwrite:
+            message = f"{target} exists; add --overwrite to replace it, or name another -o"
+            raise UsageError(message)
+    restorer = Restorer(options.weights, device=options.device)
+
+    def work(number: int, path: Path) -> None:
+        target = outputs[number]
+        picture = read_image(path)
+        for note in picture.notes:
+            complain(f"{path}: {note}")
+        with Bar(path.name) as progress:
+            done = restorer.restore(
+                picture.array,
+                options.degradation,
+                strength=options.strength,
+                on_progress=progress,
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        notes = write_image(target, done.image, picture.metadata, overwrite=options.overwrite)
+        for note in notes:
+            complain(f"{target}: {note}")
+        if options.compare:
+            beside = target.with_name(f"{target.stem}-compare.png")
+            write_image(beside, side_by_side(picture.array, done), overwrite=options.overwrite)
+        say(f"{path} -> {target}: {done.summary}")
+
+    return each_file(paths, work, "restored")
+
+
+def side_by_side(before: NDArray[np.generic], done: Restoration) -> NDArray[np.generic]:
+    """Return before and after in one picture, with a white gap between."""
+    import numpy as np
+
+    after = np.asarray(done.image)
+    white = 1.0 if after.dtype.kind == "f" else np.iinfo(after.dtype).max
+    gap = np.full((after.shape[0], 8, *after.shape[2:]), white, after.dtype)
+    return np.concatenate([before, gap, after], axis=1)
+
+
+def run_classify(options: argparse.Namespace) -> int:
+    """Carry out `dfpir classify`."""
+    from dfpir.files import find_images, read_image
+    from dfpir.record import describe
+    from dfpir.restorer import classify
+
+    paths = find_images(options.inputs)
+
+    def work(_: int, path: Path) -> None:
+        diagnosis = classify(read_image(path).array)
+        if options.json:
+            say(json.dumps({"file": str(path), **describe(diagnosis)}))
+            return
+        ranked = sorted(diagnosis.probabilities.items(), key=lambda item: -item[1])[:3]
+        likely = ", ".join(f"{name} {p:.0%}" for name, p in ranked)
+        found = diagnosis.degradation.value if diagnosis.degradation else CLEAN
+        verdict = f"unsure, perhaps {found}" if diagnosis.verdict == "unsure" else found
+        say(f"{path}: {verdict} ({likely})")
+
+    return each_file(paths, work, "diagnosed")
+
+
+def run_weights_list(options: argparse.Namespace) -> int:
+    """Carry out `dfpir weights list`."""
+    from dfpir import weights
+
+    defaults = {weights.default_name(role) for role in ("restorer", "classifier")}
+    for entry in weights.entries():
+        here = "here" if weights.locate(entry) else "absent"
+        mark = "*" if entry.name in defaults else " "
+        say(f"{mark} {entry.name:<24} {entry.role:<10} {entry.source:<8} {here:<6} {entry.licence}")
+        say(f"    {entry.summary}")
+        if here == "absent":
+            say(f"    Get it by hand from {entry.page}, then: {entry.facts['command']}")
+    say("* used by default")
+    return 0
+
+
+def run_weights_verify(options: argparse.Namespace) -> int:
+    """Carry out `dfpir weights verify`."""
+    from dfpir import weights
+    from dfpir.checkpoint import load
+    from dfpir.classifier import load_classifier
+
+    chosen = [weights.find_entry(name) for name in options.names] or [
+        entry for entry in weights.entries() if weights.locate(entry)
+    ]
+    failed = 0
+    for entry in chosen:
+        try:
+            path = weights.verified(entry)
+            (load_classifier if entry.role == "classifier" else load)(path)
+            say(f"{entry.name}: right ({path.stat().st_size:,} bytes, SHA-256 {entry.sha256})")
+        except ValueError as error:
+            complain(f"failed: {error}")
+            failed = FAILED
+    return failed
+
+
+def run_weights_path(options: argparse.Namespace) -> int:
+    """Carry out `dfpir weights path`."""
+    from dfpir import weights
+
+    say(str(weights.resolve(options.name)))
+    return 0
+
+
+def run_weights_import(options: argparse.Namespace) -> int:
+    """Carry out `dfpir weights import`."""
+    from dfpir import checkpoint
+
+    stem = options.file.name.removesuffix(".tar").removesuffix(".pth")
+    output = options.output or options.file.with_name(f"{stem}.safetensors")
+    if output.exists() and not options.overwrite:
+        message = f"{output} exists; add --overwrite to replace it, or name another -o"
+        raise UsageError(message)
+    codes = checkpoint.read_text_codes(options.text_codes)
+    model = checkpoint.from_published(checkpoint.read_published(options.file), codes)
+    checkpoint.save(model, output, metadata={"imported_from": options.file.name})
+    names = ", ".join(degradation.value for degradation in model.config.degradations)
+    say(f"{output}: written, for {names}. Use it with `--weights {output}`.")
+    return 0
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Carry out `dfpir train`."""
+    if not options.data.is_dir():
+        message = f"--data {options.data} is not a folder; name one with sharp pictures"
+        raise UsageError(message)
+    if options.output.suffix != ".safetensors":
+        message = f"--output {options.output} should end in .safetensors"
+        raise UsageError(message)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.classifier:
+        from dfpir.classifier_training import train_classifier
+
+        given = {"patches": options.patches, "seed": options.seed}
+        facts = train_classifier(
+            options.data,
+            options.output,
+            resume=options.resume,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    else:
+        from dfpir.training import train
+
+        names = ("patches", "batch", "patch", "learning_rate", "seed")
+        chosen = {name: getattr(options, name) for name in names}
+        facts = train(
+            options.data,
+            options.output,
+            preset=options.preset,
+            device=options.device,
+            resume=options.resume,
+            start=options.start,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+    say(json.dumps(facts, indent=2))
+    return 0
+
+
+def load_restorer(options: argparse.Namespace) -> Restorer:
+    """Return the restorer that --weights and --device ask for."""
+    from dfpir.restorer import Restorer
+
+    return Restorer(options.weights, device=options.device)
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    """Carry out `dfpir evaluate`."""
+    from dfpir.evaluation import evaluate
+
+    restorer = load_restorer(options)
+    with Bar("evaluating") as progress:
+        evaluation = evaluate(
+            options.data, restorer=restorer, sets=options.sets, on_progress=progress
+        )
+    say(evaluation.markdown())
+    if options.json:
+        options.json.write_text(json.dumps(evaluation.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Carry out `dfpir demo`."""
+    from dfpir.demo import run_demo as demonstrate
+
+    restorer = load_restorer(options)
+    with Bar("restoring") as progress:
+        report = demonstrate(options.output, restorer=restorer, on_progress=progress)
+    for line in report.lines():
+        say(line)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 (files failed) or 2 (usage).
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Those of the process by default.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        from dfpir.record import package_version
+
+        say(f"dfpir {package_version()}")
+        return 0
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return USAGE
+    try:
+        status: int = options.run(options)
+    except UsageError as error:
+        complain(f"dfpir: {error}.")
+        return USAGE
+    except (ValueError, OSError) as error:
+        complain(f"dfpir: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        complain("dfpir: stopped; what was finished is kept.")
+        return 130
+    return status

@@ -1,0 +1,142 @@
+"""The words every other module shares: which degradations exist, and what a diagnosis says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+CLEAN = "clean"
+Verdict = Literal["degraded", "clean", "unsure"]
+
+
+class Degradation(Enum):
+    """What can be wrong with a picture; the order is the network's prompt index.
+
+    Attributes
+    ----------
+    value : str
+        The name used at the command line, in files and in records, such as ``"noise-25"``.
+    label : str
+        A few words for people, such as ``"Gaussian noise, sigma 25"``.
+    prompt : str
+        The sentence whose CLIP text code selects this degradation in a published checkpoint.
+    sigma : float or None
+        For noise, the standard deviation in grey levels of 0..255.
+
+    References
+    ----------
+    .. [1] Tian et al., "Degradation-Aware Feature Perturbation for All-in-One Image
+       Restoration", CVPR 2025, section 4 (the five- and three-degradation settings).
+    """
+
+    NOISE_15 = (
+        "noise-15",
+        "Gaussian noise, sigma 15",
+        "Gaussian noise with a standard deviation of 15",
+    )
+    NOISE_25 = (
+        "noise-25",
+        "Gaussian noise, sigma 25",
+        "Gaussian noise with a standard deviation of 25",
+    )
+    NOISE_50 = (
+        "noise-50",
+        "Gaussian noise, sigma 50",
+        "Gaussian noise with a standard deviation of 50",
+    )
+    RAIN = ("rain", "rain streaks", "Rain degradation with rain lines")
+    HAZE = ("haze", "haze", "Hazy degradation with normal haze")
+    BLUR = ("blur", "motion blur", "Blur degradation with motion blur")
+    LOW_LIGHT = ("low-light", "low light", "Lowlight degradation")
+
+    label: str
+    prompt: str
+
+    def __new__(cls, value: str, label: str, prompt: str) -> Degradation:
+        member = object.__new__(cls)
+        member._value_ = value
+        member.label = label
+        member.prompt = prompt
+        return member
+
+    @property
+    def index(self) -> int:
+        """Position in the network's tables of permutations."""
+        return list(Degradation).index(self)
+
+    @property
+    def sigma(self) -> float | None:
+        """Noise standard deviation in grey levels of 0..255, None where it is not noise."""
+        prefix, _, number = self.value.partition("-")
+        return float(number) if prefix == "noise" else None
+
+    @classmethod
+    def from_name(cls, name: str | Degradation) -> Degradation:
+        """Return the member called `name`.
+
+        Raises
+        ------
+        ValueError
+            If there is no such degradation; the message lists those there are.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            names = ", ".join(member.value for member in cls)
+            message = f"Unknown degradation {name!r}; expected one of: {names}."
+            raise ValueError(message) from None
+
+    @classmethod
+    def nearest_noise(cls, sigma: float) -> Degradation:
+        """Return the noise prompt for a standard deviation of `sigma` grey levels of 0..255.
+
+        Nearness is judged on a logarithmic scale, on which 15, 25 and 50 are about evenly apart.
+        """
+        if sigma < (15.0 * 25.0) ** 0.5:
+            return cls.NOISE_15
+        return cls.NOISE_25 if sigma < (25.0 * 50.0) ** 0.5 else cls.NOISE_50
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What the classifier found in one image, or the user said about it.
+
+    Attributes
+    ----------
+    verdict : {"degraded", "clean", "unsure"}
+        Only "degraded" lets automatic restoration act.
+    degradation : Degradation or None
+        The likeliest degradation; None on the verdict "clean".
+    probabilities : mapping of str to float
+        One entry per degradation's name and ``"clean"``; they sum to 1.
+    sigma : float or None
+        Estimated noise standard deviation in grey levels of 0..255; None if not estimated.
+    told : bool
+        True when the caller named the degradation and nothing was estimated.
+    """
+
+    verdict: Verdict
+    degradation: Degradation | None
+    probabilities: Mapping[str, float]
+    sigma: float | None = None
+    told: bool = False
+
+    @classmethod
+    def from_user(cls, degradation: Degradation) -> Diagnosis:
+        """Return the diagnosis for a degradation that the caller has named."""
+        return cls("degraded", degradation, {degradation.value: 1.0}, told=True)
+
+    @property
+    def confidence(self) -> float:
+        """Probability of what the verdict names, all noise levels counted together."""
+        if self.degradation is None:
+            return self.probabilities.get(CLEAN, 0.0)
+        if self.degradation.sigma is None:
+            return self.probabilities.get(self.degradation.value, 0.0)
+        return sum(
+            self.probabilities.get(member.value, 0.0)
+            for member in Degradation
+            if member.sigma is not None
+        )

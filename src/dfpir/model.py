@@ -1,0 +1,616 @@
+"""The network, in the paper's order: LayerNorm, MDTA, GDFN, DGCPM, CAAPM, DGPB, DFPIR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfpir import kernels
+from dfpir.degradation import Degradation
+from dfpir.kernels import Projection, reference
+
+PERTURBED = 4
+"""Places of the network with a DGPB: the three skip connections and the latent."""
+
+Attention = tuple[Tensor, ...]
+"""The matrix of every block in the order of the forward pass, each (N or 1, C, C)."""
+
+Progress = Callable[[int, int], None]
+"""Called as ``on_progress(done, total)``."""
+
+DegradationArgument = Degradation | Sequence[Degradation] | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DFPIRConfig:
+    """Sizes of the network; the defaults are the paper's.
+
+    Attributes
+    ----------
+    width : int
+        Channels of the first level; each level below has twice as many.
+    blocks : tuple of 4 int
+        Transformer blocks of the three encoder levels (the decoder has the same) and the latent.
+    refinement_blocks : int
+        Transformer blocks after the decoder, at the first level's resolution.
+    heads : tuple of 4 int
+        Attention heads of the three levels and the latent.
+    expansion : float
+        Hidden channels of the feed-forward network over its input channels, rounded down.
+    stem : int
+        Resolution divisor of the first level: 1, or 2 for pixel-unshuffled input.
+    degradations : tuple of Degradation
+        Those that the network has been trained for.
+    perturbation_skip : bool
+        Add the input of each DGPB to its output. The paper's network has no such connection; a
+        small one trained from the start hardly learns without it.
+    """
+
+    width: int = 48
+    blocks: tuple[int, int, int, int] = (4, 6, 6, 8)
+    refinement_blocks: int = 4
+    heads: tuple[int, int, int, int] = (1, 2, 4, 8)
+    expansion: float = 2.66
+    stem: int = 1
+    degradations: tuple[Degradation, ...] = tuple(Degradation)
+    perturbation_skip: bool = False
+
+    @classmethod
+    def paper(cls) -> DFPIRConfig:
+        """Return the paper's sizes: 31.1 million values with the unused text projections."""
+        return cls()
+
+    @classmethod
+    def compact(cls) -> DFPIRConfig:
+        """Return the sizes of the bundled weights: 5.9 million values at half resolution."""
+        return cls(
+            width=32,
+            blocks=(1, 2, 2, 3),
+            refinement_blocks=1,
+            expansion=2.0,
+            stem=2,
+            perturbation_skip=True,
+        )
+
+    @property
+    def multiple(self) -> int:
+        """Height and width are padded to a multiple of this inside the network."""
+        return 8 * self.stem
+
+    def channels(self, level: int) -> int:
+        """Channels of level 0, 1, 2 or 3 (the latent)."""
+        return self.width * 2**level
+
+    def kept(self, level: int) -> int:
+        """Scores per row that CAAPM keeps: nine tenths of a head's channels, rounded down."""
+        return self.channels(level) // self.heads[level] * 9 // 10
+
+
+def pointwise(inputs: int, outputs: int, *, bias: bool = False) -> nn.Conv2d:
+    """Return a 1x1 convolution."""
+    return nn.Conv2d(inputs, outputs, 1, bias=bias)
+
+
+def depthwise(channels: int) -> nn.Conv2d:
+    """Return a 3x3 convolution of each channel on its own."""
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+
+def full(inputs: int, outputs: int) -> nn.Conv2d:
+    """Return a 3x3 convolution."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+
+class LayerNorm(nn.Module):
+    """Normalisation over the channels of each pixel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        return reference.layer_norm(features, self.weight, self.bias)
+
+
+class MDTA(nn.Module):
+    """Multi-Dconv head transposed attention: attention between channels, over all pixels.
+
+    References
+    ----------
+    .. [1] Zamir et al., "Restormer", CVPR 2022, section 3.1.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.qkv = pointwise(channels, 3 * channels)
+        self.depthwise = depthwise(3 * channels)
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.project_out = pointwise(channels, channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map normalised features (N, C, H, W) to the same shape."""
+        query, key, value = self.depthwise(self.qkv(features)).chunk(3, dim=1)
+        return self.project_out(
+            reference.channel_attention(query, key, value, self.temperature)
+        )
+
+
+class GDFN(nn.Module):
+    """Gated-Dconv feed-forward network.
+
+    References
+    ----------
+    .. [1] Zamir et al., "Restormer", CVPR 2022, section 3.2.
+    """
+
+    def __init__(self, channels: int, expansion: float) -> None:
+        super().__init__()
+        hidden = int(channels * expansion)
+        self.project_in = pointwise(channels, 2 * hidden)
+        self.depthwise = depthwise(2 * hidden)
+        self.project_out = pointwise(hidden, channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map normalised features (N, C, H, W) to the same shape."""
+        hidden = self.project_in(features)
+        return self.project_out(
+            reference.gated_feed_forward(hidden, self.depthwise.weight)
+        )
+
+
+class TransformerBlock(nn.Module):
+    """x + MDTA(LN x), then x + GDFN(LN x)."""
+
+    def __init__(self, channels: int, heads: int, expansion: float) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attention = MDTA(channels, heads)
+        self.norm2 = LayerNorm(channels)
+        self.feed_forward = GDFN(channels, expansion)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape."""
+        features = features + self.attention(self.norm1(features))
+        return features + self.feed_forward(self.norm2(features))
+
+    def infer(self, features: Tensor, run: _Run) -> Tensor:
+        """Map (N, H, W, C) to the same shape, through the passes of `dfpir.kernels`."""
+        attention = self.attention
+        channels = features.shape[-1]
+        joint = fold(self.norm1, attention.qkv, attention.depthwise)
+        query_key = Projection(*(part[: 2 * channels] for part in joint[:3]))
+        value = Projection(*(part[2 * channels :] for part in joint[:3]))
+        matrix = run.matrix(features, [query_key], attention.temperature, attention.project_out)
+        features = run.attend(features, value, matrix, skip=True)
+        return run.feed_forward(features, self.norm2, self.feed_forward)
+
+
+class DGCPM(nn.Module):
+    """Degradation-guided channel perturbation: expand, reorder channels, project back.
+
+    In a published checkpoint the order is that of a projection of the prompt's text code; it is
+    all that reaches the network, so the orders themselves are kept here, as integers.
+
+    References
+    ----------
+    .. [1] Tian et al., CVPR 2025, section 3.2.
+    """
+
+    permutations: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.expand = pointwise(channels, 2 * channels, bias=True)
+        self.project = pointwise(2 * channels, channels, bias=True)
+        orders = torch.arange(2 * channels).repeat(len(Degradation), 1)
+        self.register_buffer("permutations", orders)
+
+    def forward(self, features: Tensor, indices: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape; `indices` (N,) name each image's degradation."""
+        expanded = self.expand(features)
+        return self.project(
+            reference.permute_channels(expanded, self.permutations[indices])
+        )
+
+    def fold(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the one matrix (N, C, C) and offset (N, 1, 1, C) that this amounts to.
+
+        expand, reorder and project are all linear in the channels of a pixel.
+        """
+        orders = self.permutations[indices]  # (N, 2C)
+        project = self.project.weight.flatten(1)
+        expand, bias = self.expand.weight.flatten(1), self.expand.bias
+        matrix = project @ expand[orders]  # (N, C, C)
+        offset = bias[orders] @ project.T + self.project.bias
+        return matrix, offset[:, None, None, :]
+
+
+class CAAPM(nn.Module):
+    """Channel-adapted attention perturbation: attend with the largest nine tenths of the scores.
+
+    References
+    ----------
+    .. [1] Tian et al., CVPR 2025, section 3.3.
+    """
+
+    def __init__(self, channels: int, heads: int, kept: int) -> None:
+        super().__init__()
+        self.kept = kept
+        self.query = pointwise(channels, channels)
+        self.query_depthwise = depthwise(channels)
+        self.key_value = pointwise(channels, 2 * channels)
+        self.key_value_depthwise = depthwise(2 * channels)
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.scale = nn.Parameter(torch.full((1,), 0.2))
+        self.project_out = pointwise(channels, channels)
+
+    def forward(self, perturbed: Tensor, features: Tensor) -> Tensor:
+        """Map normalised `perturbed` and `features`, both (N, C, H, W), to the same shape."""
+        query = self.query_depthwise(self.query(perturbed))
+        key, value = self.key_value_depthwise(self.key_value(features)).chunk(2, dim=1)
+        mixed = reference.channel_attention(
+            query, key, value, self.temperature, kept=self.kept, scale=self.scale
+        )
+        return self.project_out(mixed)
+
+
+class DGPB(nn.Module):
+    """Degradation-guided perturbation block: A = CAAPM(LN DGCPM(x), LN x), then A + GDFN(LN A).
+
+    References
+    ----------
+    .. [1] Tian et al., CVPR 2025, section 3.1.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, kept: int, expansion: float, *, skip: bool
+    ) -> None:
+        super().__init__()
+        self.skip = skip
+        self.perturbation = DGCPM(channels)
+        self.norm1 = LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
+        self.attention = CAAPM(channels, heads, kept)
+        self.norm3 = LayerNorm(channels)
+        self.feed_forward = GDFN(channels, expansion)
+
+    def forward(self, features: Tensor, indices: Tensor) -> Tensor:
+        """Map (N, C, H, W) to the same shape; `indices` (N,) name each image's degradation."""
+        perturbed = self.perturbation(features, indices)
+        attended = self.attention(self.norm1(perturbed), self.norm2(features))
+        if self.skip:
+            attended = features + attended
+        return attended + self.feed_forward(self.norm3(attended))
+
+    def infer(self, features: Tensor, indices: Tensor, run: _Run) -> Tensor:
+        """Map (N, H, W, C) to the same shape, through the passes of `dfpir.kernels`."""
+        attention = self.attention
+        channels = features.shape[-1]
+        mixing, offset = self.perturbation.fold(indices)
+        query = fold(self.norm1, attention.query, attention.query_depthwise)
+        query = query._replace(mixing=mixing, offset=offset)
+        joint = fold(self.norm2, attention.key_value, attention.key_value_depthwise)
+        key = Projection(*(part[:channels] for part in joint[:3]))
+        value = Projection(*(part[channels:] for part in joint[:3]))
+        matrix = run.matrix(
+            features,
+            [query, key],
+            attention.temperature,
+            attention.project_out,
+            kept=attention.kept,
+            scale=attention.scale,
+        )
+        attended = run.attend(features, value, matrix, skip=self.skip)
+        return run.feed_forward(attended, self.norm3, self.feed_forward)
+
+
+def fold(norm: LayerNorm, project: nn.Conv2d, filters: nn.Conv2d) -> Projection:
+    """Fold the affine part of a normalisation into the projection that follows it."""
+    weight = project.weight.flatten(1)
+    return Projection(weight * norm.weight, weight @ norm.bias, filters.weight)
+
+
+def to_rows(features: Tensor) -> Tensor:
+    """(N, C, H, W) to contiguous (N, H, W, C)."""
+    return features.permute(0, 2, 3, 1).contiguous()
+
+
+def from_rows(features: Tensor) -> Tensor:
+    """(N, H, W, C) to (N, C, H, W) in channels-last memory."""
+    return features.permute(0, 3, 1, 2)
+
+
+def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
+    """Pad below and on the right, by reflection as far as the image reaches, then by its edge."""
+    for dimension in (-2, -1):
+        size = pixels.shape[dimension]
+        missing = -size % multiple
+        mirrored = min(missing, size - 1)
+        parts = [pixels]
+        if mirrored:
+            parts.append(pixels.narrow(dimension, size - 1 - mirrored, mirrored).flip(dimension))
+        if missing > mirrored:
+            edge = parts[-1].narrow(dimension, parts[-1].shape[dimension] - 1, 1)
+            repeats = [1] * pixels.ndim
+            repeats[dimension] = missing - mirrored
+            parts.append(edge.repeat(repeats))
+        if missing:
+            pixels = torch.cat(parts, dim=dimension)
+    return pixels
+
+
+class _Run:
+    """One walk through the network without gradients: its attention matrices and its progress."""
+
+    def __init__(
+        self,
+        given: Attention | None,
+        shared: bool,
+        rows: int | None,
+        on_progress: Progress | None,
+        total: int,
+    ) -> None:
+        self.given: Iterator[Tensor] | None = None if given is None else iter(given)
+        self.shared = shared
+        self.rows = rows
+        self.on_progress = on_progress
+        self.done, self.total = 0, total
+        self.matrices: list[Tensor] = []
+
+    def advance(self) -> None:
+        """Count one strip."""
+        self.done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total)
+
+    def matrix(
+        self,
+        features: Tensor,
+        projections: Sequence[Projection],
+        temperature: Tensor,
+        project_out: nn.Conv2d,
+        *,
+        kept: int | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Return the next block's attention matrix: the one given, or that of these features."""
+        if self.given is not None:
+            return next(self.given)
+        heads = temperature.shape[0]
+        sums = kernels.gram(features, projections, heads, self.rows, self.advance)
+        if self.shared:
+            sums = tuple(each.sum(dim=0, keepdim=True) for each in sums)
+        weight = project_out.weight.flatten(1)
+        matrix = kernels.attention_matrix(sums, temperature, weight, kept=kept, scale=scale)
+        self.matrices.append(matrix)
+        return matrix
+
+    def attend(self, features: Tensor, value: Projection, matrix: Tensor, *, skip: bool) -> Tensor:
+        """Apply a block's attention matrix to its values."""
+        return kernels.attend(
+            features, value, matrix, skip=skip, rows=self.rows, advance=self.advance
+        )
+
+    def feed_forward(self, features: Tensor, norm: LayerNorm, network: GDFN) -> Tensor:
+        """Add the feed-forward network of the normalised features to the features."""
+        hidden = fold(norm, network.project_in, network.depthwise)
+        weight = network.project_out.weight.flatten(1)
+        return kernels.feed_forward(features, hidden, weight, self.rows, self.advance)
+
+
+class DFPIR(nn.Module):
+    """All-in-one restoration network: Restormer's U with a DGPB on each skip and the latent."""
+
+    def __init__(self, config: DFPIRConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or DFPIRConfig.paper()
+        width, stem = config.width, config.stem
+
+        def level(channels: int, depth: int, count: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                TransformerBlock(channels, config.heads[depth], config.expansion)
+                for _ in range(count)
+            )
+
+        self.embed = full(3 * stem**2, width)
+        self.encoder = nn.ModuleList(
+            level(config.channels(depth), depth, config.blocks[depth]) for depth in range(3)
+        )
+        self.down = nn.ModuleList(
+            full(config.channels(depth), config.channels(depth) // 2) for depth in range(3)
+        )
+        self.latent = level(config.channels(3), 3, config.blocks[3])
+        self.perturbations = nn.ModuleList(
+            DGPB(
+                config.channels(depth),
+                config.heads[depth],
+                config.kept(depth),
+                config.expansion,
+                skip=config.perturbation_skip,
+            )
+            for depth in range(PERTURBED)
+        )
+        self.up = nn.ModuleList(
+            full(config.channels(depth + 1), 2 * config.channels(depth + 1)) for depth in range(3)
+        )
+        self.reduce = nn.ModuleList(
+            pointwise(2 * config.channels(depth), config.channels(depth)) for depth in (1, 2)
+        )
+        self.decoder = nn.ModuleList(
+            level(2 * width if depth == 0 else config.channels(depth), depth, config.blocks[depth])
+            for depth in range(3)
+        )
+        self.refinement = level(2 * width, 0, config.refinement_blocks)
+        self.output = full(2 * width, 3 * stem**2)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        degradation: DegradationArgument,
+        *,
+        attention: Attention | None = None,
+        rows: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> Tensor:
+        """Restore a batch of images.
+
+        Where a gradient is wanted this is the definition in `dfpir.kernels.reference`, operation
+        by operation; otherwise the same function through the passes of `dfpir.kernels`.
+
+        Parameters
+        ----------
+        pixels : Tensor, (N, 3, H, W), values about 0..1, any floating dtype
+            Any H and W of at least 1; padded inside by reflection to `config.multiple`.
+        degradation : Degradation, sequence of Degradation, or Tensor of int64, (N,)
+            One for all images or one for each.
+        attention : Attention, optional
+            Matrices from `measure`; without them they are those of each whole image.
+        rows : int, optional
+            Height of the strips in which a block's hidden features are computed: less memory, the
+            same answer. By default the image is one strip.
+        on_progress : callable, optional
+            Called as ``on_progress(done, total)`` after every strip of every pass; raising from it
+            cancels.
+
+        Returns
+        -------
+        Tensor, (N, 3, H, W), not clipped
+
+        Raises
+        ------
+        ValueError
+            If the shapes or the number of degradations do not fit, or the weights were not trained
+            for a degradation.
+        """
+        return self._restore(pixels, degradation, attention, rows, on_progress, shared=False)[0]
+
+    def measure(
+        self, windows: Tensor, degradation: DegradationArgument, *, rows: int | None = None
+    ) -> Attention:
+        """Return the attention matrices that `windows` of one image share.
+
+        The sums over pixels behind each matrix run over all windows (N, 3, H, W) together. With
+        the whole image as the only window these are the matrices that `forward` uses itself.
+        """
+        with torch.no_grad():
+            return self._restore(windows, degradation, None, rows, None, shared=True)[1]
+
+    def _restore(
+        self,
+        pixels: Tensor,
+        degradation: DegradationArgument,
+        attention: Attention | None,
+        rows: int | None,
+        on_progress: Progress | None,
+        *,
+        shared: bool,
+    ) -> tuple[Tensor, Attention]:
+        indices = self._indices(degradation, pixels)
+        height, width = pixels.shape[-2:]
+        padded = pad_to_multiple(pixels, self.config.multiple)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in self.parameters()):
+            return self._define(padded, indices)[..., :height, :width], ()
+        total = self.steps(padded.shape[-2], rows, measured=attention is None)
+        run = _Run(attention, shared, rows, on_progress, total)
+        restored = self._infer(padded, indices, run)[..., :height, :width]
+        return restored, tuple(run.matrices)
+
+    def _indices(self, degradation: DegradationArgument, pixels: Tensor) -> Tensor:
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or 0 in pixels.shape:
+            message = (
+                "DFPIR takes pixels of shape (N, 3, H, W) with no empty side; found "
+                f"{tuple(pixels.shape)}. Use dfpir.pixels.to_pixels to convert an array."
+            )
+            raise ValueError(message)
+        if isinstance(degradation, Degradation):
+            degradation = [degradation] * len(pixels)
+        if not isinstance(degradation, Tensor):
+            for member in degradation:
+                if member not in self.config.degradations:
+                    known = ", ".join(each.value for each in self.config.degradations)
+                    message = (
+                        f"These weights were not trained for {member.value!r}; they know: {known}. "
+                        "Choose one of those, or other weights."
+                    )
+                    raise ValueError(message)
+            chosen = [member.index for member in degradation]
+            degradation = torch.tensor(chosen, dtype=torch.int64, device=pixels.device)
+        if degradation.shape != (len(pixels),):
+            message = (
+                f"Expected one degradation, or one for each of {len(pixels)} images; found "
+                f"{tuple(degradation.shape)}."
+            )
+            raise ValueError(message)
+        return degradation
+
+    def steps(self, height: int, rows: int | None, *, measured: bool = True) -> int:
+        """Return how often `forward` reports progress for padded images of this height."""
+        config, total = self.config, 0
+        for depth, count in enumerate(config.blocks):
+            level_height = height // (config.stem * 2**depth)
+            strips = -(-level_height // (rows or level_height))
+            passes = 2 + int(measured)
+            levels = 1 if depth == 3 else 2
+            extra = config.refinement_blocks if depth == 0 else 0
+            total += (levels * count + extra + 1) * passes * strips
+        return total
+
+    def _define(self, pixels: Tensor, indices: Tensor) -> Tensor:
+        def perturb(depth: int, features: Tensor) -> Tensor:
+            perturbed: Tensor = self.perturbations[depth](features, indices)
+            return perturbed
+
+        def transform(block: nn.Module, features: Tensor) -> Tensor:
+            transformed: Tensor = block(features)
+            return transformed
+
+        return self._walk(pixels, transform, perturb)
+
+    def _infer(self, pixels: Tensor, indices: Tensor, run: _Run) -> Tensor:
+        def perturb(depth: int, features: Tensor) -> Tensor:
+            block = self.perturbations[depth]
+            return from_rows(block.infer(to_rows(features), indices, run))
+
+        def transform(block: nn.Module, features: Tensor) -> Tensor:
+            return from_rows(block.infer(to_rows(features), run))
+
+        return self._walk(pixels, transform, perturb)
+
+    def _walk(
+        self,
+        pixels: Tensor,
+        transform: Callable[[nn.Module, Tensor], Tensor],
+        perturb: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        """Go down and up the U, whoever computes its blocks."""
+        stem = self.config.stem
+        features = F.pixel_unshuffle(pixels, stem) if stem > 1 else pixels
+        features = self.embed(features)
+        skips = []
+        for level, down in zip(self.encoder, self.down, strict=True):
+            for block in level:
+                features = transform(block, features)
+            skips.append(features)
+            features = F.pixel_unshuffle(down(features), 2)
+        for block in self.latent:
+            features = transform(block, features)
+        features = perturb(3, features)
+        for depth in (2, 1, 0):
+            features = F.pixel_shuffle(self.up[depth](features), 2)
+            features = torch.cat([features, perturb(depth, skips.pop())], dim=1)
+            if depth > 0:
+                features = self.reduce[depth - 1](features)
+            for block in self.decoder[depth]:
+                features = transform(block, features)
+        for block in self.refinement:
+            features = transform(block, features)
+        correction = self.output(features)
+        if stem > 1:
+            correction = F.pixel_shuffle(correction, stem)
+        return pixels + correction

@@ -1,0 +1,299 @@
+"""The degradations as batched torch functions: for training, for the demo and for sample pictures.
+
+Every function takes sharp pixels (N, 3, H, W) with values 0..1 in sRGB and returns degraded ones
+of the same shape, 8-bit quantised and clipped as a picture file would be. Every image of a batch
+gets parameters of its own. Random numbers are drawn on the CPU from the `torch.Generator` given,
+so that the same seed yields the same pictures whatever the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from kornia.color import linear_rgb_to_rgb, rgb_to_linear_rgb
+from kornia.filters import filter2d, gaussian_blur2d
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from dfpir.degradation import Degradation
+
+LEVELS = 255.0
+"""Grey levels of an 8-bit picture."""
+
+
+def uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
+    """Draw `count` values from low..high, shaped (count, 1, 1, 1) to act on a batch."""
+    return low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)
+
+
+def log_uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
+    """Draw like `uniform`, evenly on a logarithmic scale."""
+    return uniform(count, math.log(low), math.log(high), generator).exp()
+
+
+def normal_like(pixels: Tensor, generator: Generator) -> Tensor:
+    """Draw standard normal values of the shape of `pixels`, on its device."""
+    return torch.randn(pixels.shape, generator=generator).to(pixels.device)
+
+
+def quantised(pixels: Tensor) -> Tensor:
+    """Clip to 0..1 and round to the nearest of 256 grey levels."""
+    return (pixels.clamp(0, 1) * LEVELS).round() / LEVELS
+
+
+def gaussian_noise(pixels: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
+    """Add white Gaussian noise without clipping or quantising.
+
+    `sigma`, in grey levels of 0..255, is one number or one per image, shaped (N, 1, 1, 1).
+    """
+    if isinstance(sigma, Tensor):
+        sigma = sigma.to(pixels.device)
+    return pixels + normal_like(pixels, generator) * (sigma / LEVELS)
+
+
+def line_kernels(length: Tensor, width: Tensor, angle: Tensor, size: int) -> Tensor:
+    """Return (N, size, size) kernels of soft line segments with a peak of 1.
+
+    `length` and `width` (standard deviation across) are in pixels, `angle` in radians from the
+    vertical; all are shaped (N, 1, 1, 1).
+    """
+    steps = torch.arange(size) - size // 2
+    rows, columns = torch.meshgrid(steps, steps, indexing="ij")
+    angle, length, width = (value[:, 0] for value in (angle, length, width))
+    along = rows * angle.cos() + columns * angle.sin()
+    across = columns * angle.cos() - rows * angle.sin()
+    ends = torch.sigmoid((length / 2 - along.abs()) / (0.08 * length))
+    return ends * torch.exp(-0.5 * (across / width) ** 2)
+
+
+def rain(pixels: Tensor, generator: Generator) -> Tensor:
+    """Add layers of bright streaks that share one direction per image, some under a thin veil."""
+    count, _, height, width = pixels.shape
+    size = 49
+    direction = uniform(count, -0.6, 0.6, generator)
+    streaks = torch.zeros(count, 1, height, width)
+    for layer in range(3):
+        present = torch.rand(count, 1, 1, 1, generator=generator) < (1.0, 0.7, 0.4)[layer]
+        density = log_uniform(count, 3e-4, 6e-3, generator)
+        shape = (count, 1, height + size - 1, width + size - 1)
+        drops = torch.rand(shape, generator=generator)
+        brightness = 0.3 + 0.7 * torch.rand(shape, generator=generator)
+        drops = (drops < density) * brightness
+        kernels = line_kernels(
+            log_uniform(count, 8, 44, generator),
+            log_uniform(count, 0.35, 1.2, generator),
+            direction + uniform(count, -0.06, 0.06, generator),
+            size,
+        )
+        opacity = uniform(count, 0.15, 0.9, generator) * present
+        drawn = filter2d(drops, kernels, border_type="constant", padding="valid")
+        streaks = streaks + opacity * drawn.clamp(max=1.2)
+    veil = (uniform(count, -0.15, 0.15, generator)).clamp(min=0)
+    tint = uniform(count, 0.85, 1.0, generator)
+    streaks, veil, tint = (value.to(pixels.device) for value in (streaks, veil, tint))
+    veiled = pixels * (1 - veil) + 0.7 * veil
+    # Half-way between adding light and covering what lies behind.
+    return quantised(veiled + streaks * (tint - 0.3 * veiled))
+
+
+def smooth_field(count: int, height: int, width: int, cells: int, generator: Generator) -> Tensor:
+    """Return (N, 1, H, W) smooth random fields with values about 0..1, `cells` bumps across."""
+    coarse = torch.rand(count, 1, cells, cells, generator=generator)
+    return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
+
+
+def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
+    """Invent a depth map (N, 1, H, W) in 0..1 with planes, soft relief and edges of the picture.
+
+    A random mixture of colours, smoothed and cut into bands, stands for objects at different
+    distances: its edges lie on edges of the picture.
+    """
+    count, _, height, width = pixels.shape
+    rows = torch.linspace(-1, 1, height)[:, None]
+    columns = torch.linspace(-1, 1, width)[None, :]
+    tilt = uniform(count, -1.0, 1.0, generator)
+    slope = uniform(count, -1.0, 0.4, generator)  # Usually farther towards the top.
+    plane = slope * rows + 0.6 * tilt * columns
+    relief = smooth_field(count, height, width, 4, generator)
+    mixture = torch.rand(count, 3, 1, 1, generator=generator) - 0.3
+    blurred = gaussian_blur2d(pixels.cpu(), (9, 9), (2.0, 2.0))
+    objects = (blurred * mixture).sum(dim=1, keepdim=True)
+    objects = (objects - objects.amin((2, 3), True)) / (
+        objects.amax((2, 3), True) - objects.amin((2, 3), True) + 1e-3
+    )
+    bands = uniform(count, 2, 6, generator).round()
+    objects = (objects * bands).round() / bands
+    weights = torch.rand(3, count, 1, 1, 1, generator=generator)
+    depth = weights[0] * plane + weights[1] * relief + weights[2] * objects
+    low, high = depth.amin((2, 3), True), depth.amax((2, 3), True)
+    return ((depth - low) / (high - low + 1e-3)).to(pixels.device)
+
+
+def haze(pixels: Tensor, generator: Generator) -> Tensor:
+    """Scatter light on the way to the camera: J t + A (1 - t) with t = exp(-beta * depth).
+
+    References
+    ----------
+    .. [1] Narasimhan and Nayar, "Vision and the Atmosphere", IJCV 2002, section 3.
+    """
+    count = len(pixels)
+    near = uniform(count, 0.1, 0.7, generator)
+    span = uniform(count, 0.1, 1.0, generator)
+    thickness = uniform(count, 0.5, 2.2, generator)
+    light = uniform(count, 0.65, 1.0, generator)
+    tint = 1 + 0.06 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
+    near, span, thickness, light = (
+        value.to(pixels.device) for value in (near, span, thickness, light * tint)
+    )
+    depth = near + span * scene_depth(pixels, generator)
+    transmission = torch.exp(-thickness * depth)
+    return quantised(pixels * transmission + light * (1 - transmission))
+
+
+def shake_kernels(count: int, extent: Tensor, size: int, generator: Generator) -> Tensor:
+    """Return (N, size, size) kernels, each summing to 1, of the path of an unsteady hand.
+
+    The path is an inertial random walk; `extent` (N, 1, 1, 1) is its largest diameter in pixels.
+    """
+    moments = 48
+    inertia = 1 - 10 ** -uniform(count, 0.5, 2.5, generator)[:, 0]  # (N, 1, 1)
+    push = torch.randn(count, moments, 2, generator=generator)
+    velocity = [torch.randn(count, 1, 2, generator=generator) * 3]
+    for moment in range(1, moments):
+        velocity.append(
+            inertia * velocity[-1] + (1 - inertia) ** 0.5 * push[:, moment : moment + 1]
+        )
+    path = torch.cat(velocity, dim=1).cumsum(dim=1)
+    path = path - path.mean(dim=1, keepdim=True)
+    reach = path.norm(dim=2).amax(dim=1)[:, None, None].clamp(min=1e-6)
+    path = path / reach * (extent[:, 0] / 2)
+    steps = torch.arange(size) - size // 2
+    near_rows = torch.exp(-0.5 * ((steps - path[..., :1]) / 0.5) ** 2)  # (N, moments, size)
+    near_columns = torch.exp(-0.5 * ((steps - path[..., 1:]) / 0.5) ** 2)
+    kernels = near_rows.transpose(1, 2) @ near_columns
+    return kernels / kernels.sum(dim=(1, 2), keepdim=True)
+
+
+def motion_blur(pixels: Tensor, generator: Generator) -> Tensor:
+    """Blur along the path of an unsteady hand, in linear light, with a little sensor noise."""
+    count = len(pixels)
+    extent = uniform(count, 3, 24, generator)
+    kernels = shake_kernels(count, extent, 31, generator).to(pixels.device)
+    border = "reflect" if min(pixels.shape[-2:]) > 15 else "replicate"
+    blurred = filter2d(rgb_to_linear_rgb(pixels), kernels, border_type=border)
+    sigma = uniform(count, -1.0, 2.0, generator).clamp(min=0)
+    blurred = linear_rgb_to_rgb(blurred.clamp(0, 1))
+    return quantised(gaussian_noise(blurred, sigma, generator))
+
+
+def low_light(pixels: Tensor, generator: Generator) -> Tensor:
+    """Expose too little: less light, shifted white balance, shot and read noise, gamma, 8 bits."""
+    count = len(pixels)
+    exposure = log_uniform(count, 0.0025, 0.2, generator)
+    balance = 1 + 0.2 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
+    noisy = (torch.rand(count, 1, 1, 1, generator=generator) < 0.7).float()
+    shot = noisy * uniform(count, 0, 2.5e-4, generator)
+    read = noisy * uniform(count, 0, 8e-4, generator)
+    contrast = uniform(count, 0.85, 1.2, generator)
+    gain, shot, read, contrast = (
+        value.to(pixels.device) for value in (exposure * balance, shot, read, contrast)
+    )
+    photons = rgb_to_linear_rgb(pixels) * gain
+    deviation = (shot * photons + read**2).sqrt()
+    sensed = photons + deviation * normal_like(pixels, generator)
+    return quantised(linear_rgb_to_rgb(sensed.clamp(0, 1)) ** contrast)
+
+
+PHYSICAL: dict[Degradation, Callable[[Tensor, Generator], Tensor]] = {
+    Degradation.RAIN: rain,
+    Degradation.HAZE: haze,
+    Degradation.BLUR: motion_blur,
+    Degradation.LOW_LIGHT: low_light,
+}
+"""The degradations that are not additive noise."""
+
+
+def degrade(pixels: Tensor, degradation: Degradation, generator: Generator) -> Tensor:
+    """Degrade every image in one way, with parameters drawn for each.
+
+    Parameters
+    ----------
+    pixels : Tensor, (N, 3, H, W), values 0..1
+    degradation : Degradation
+        Noise has exactly the standard deviation of its name.
+    generator : torch.Generator
+        Of the CPU.
+
+    Returns
+    -------
+    Tensor, (N, 3, H, W), 8-bit quantised values 0..1
+    """
+    if degradation.sigma is not None:
+        return quantised(gaussian_noise(pixels, degradation.sigma, generator))
+    return PHYSICAL[degradation](pixels, generator)
+
+
+def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy inputs, their targets and the sigmas (N,) in grey levels, for training.
+
+    Half of the sigmas are the prompts' own, half spread from 3 to 75. Half of the images are
+    clipped and quantised as in the paper's protocol; the others are dimmed, raised on a pedestal
+    and left unclipped, as a camera's raw counts are, and their targets with them. Without these
+    a network learns that noise on dark ground must be darkened.
+    """
+    count = len(pixels)
+    prompts = torch.tensor([15.0, 25.0, 50.0])
+    exact = prompts[torch.randint(3, (count,), generator=generator)].reshape(-1, 1, 1, 1)
+    spread = log_uniform(count, 3, 75, generator)
+    sigma = torch.where(
+        torch.rand(count, 1, 1, 1, generator=generator) < 0.5, exact, spread
+    )
+    raw = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+    gain = torch.where(raw, uniform(count, 0.3, 1.0, generator), torch.ones(()))
+    pedestal = torch.where(raw, uniform(count, 0.0, 0.3, generator), torch.zeros(()))
+    raw, gain, pedestal = (value.to(pixels.device) for value in (raw, gain, pedestal))
+    targets = pixels * gain + pedestal
+    noisy = gaussian_noise(targets, sigma, generator)
+    return torch.where(raw, noisy, quantised(noisy)), targets, sigma.flatten()
+
+
+def training_pairs(
+    pixels: Tensor, kinds: Sequence[Degradation | None], generator: Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Degrade each image of a batch in its own way.
+
+    Parameters
+    ----------
+    pixels : Tensor, (N, 3, H, W), values 0..1
+    kinds : sequence of Degradation or None
+        One per image; None asks for noise of any strength (see `noise_pairs`).
+    generator : torch.Generator
+
+    Returns
+    -------
+    inputs, targets : Tensor, (N, 3, H, W)
+    indices : Tensor, (N,), int64
+        The degradation of each image; noise has the prompt nearest to its sigma.
+    sigmas : Tensor, (N,)
+        Standard deviation of added noise in grey levels, 0 where the kind is not noise.
+    """
+    inputs, targets = pixels.clone(), pixels.clone()
+    indices = torch.zeros(len(pixels), dtype=torch.int64)
+    sigmas = torch.zeros(len(pixels))
+    for kind in [None, *Degradation]:
+        chosen = torch.tensor([i for i, each in enumerate(kinds) if each is kind])
+        if not len(chosen):
+            continue
+        if kind is None:
+            inputs[chosen], targets[chosen], sigmas[chosen] = noise_pairs(
+                pixels[chosen], generator
+            )
+            prompts = [Degradation.nearest_noise(float(sigma)) for sigma in sigmas[chosen]]
+            indices[chosen] = torch.tensor([prompt.index for prompt in prompts])
+        else:
+            inputs[chosen] = degrade(pixels[chosen], kind, generator)
+            indices[chosen] = kind.index
+            sigmas[chosen] = kind.sigma or 0.0
+    return inputs, targets, indices.to(pixels.device), sigmas

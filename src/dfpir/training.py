@@ -1,0 +1,526 @@
+"""Training of the network on a folder of sharp pictures, degraded as they are drawn.
+
+Runs repeat: the random numbers of a step depend on the seed and the step alone, so that a run
+that was stopped and resumed sees the same pictures as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from dfpir import checkpoint
+from dfpir.degradation import Degradation
+from dfpir.files import find_images, read_image
+from dfpir.model import DFPIR, DFPIRConfig
+from dfpir.restorer import choose_device
+from dfpir.synthesis import training_pairs
+from dfpir.weights import load_model
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_PHOTOGRAPHS = 24
+VALIDATION_MICROGRAPHS = 16
+MICROGRAPHS = "micrographs"
+"""Pictures in a folder of this name are fluorescence or stained tissue, not photographs."""
+
+SHARES: dict[Degradation | None, float] = {
+    None: 0.46,  # noise of any strength
+    Degradation.RAIN: 0.16,
+    Degradation.HAZE: 0.12,
+    Degradation.BLUR: 0.09,
+    Degradation.LOW_LIGHT: 0.17,
+}
+"""Fraction of the patches that each degradation gets."""
+
+GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
+"""Degradations judged from the whole scene: their patches are also cut from smaller copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """Everything that decides what a run computes, apart from the pictures.
+
+    Attributes
+    ----------
+    patches : int
+        Patches seen by the end; the learning rate falls along a cosine over them.
+    batch, patch : int
+        Patches per step, and their side in pixels.
+    learning_rate : float
+        Of AdamW, at its highest.
+    warmup : int
+        Patches over which the learning rate rises.
+    average : float
+        Decay of the exponential moving average of the weights, which is what is kept.
+    seed : int
+        Of the weights, permutations, patches and degradations.
+    """
+
+    patches: int = 112_000
+    batch: int = 16
+    patch: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 4_000
+    average: float = 0.999
+    weight_decay: float = 1e-4
+    seed: int = 1
+
+
+def name_hash(path: Path) -> str:
+    """Return the digest that decides whether a picture is for validation."""
+    return hashlib.sha256(path.name.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """Training and validation pictures; each is a list of copies, every one half the last one's size.
+
+    Attributes
+    ----------
+    photographs, micrographs : list of list of ndarray, (H, W, 3), uint8
+        For training.
+    validation : list of tuple of Path and ndarray
+        Photographs, then micrographs; chosen by a hash of the file's name.
+    names : list of str
+        The training files, for the record.
+    """
+
+    photographs: list[list[NDArray[np.uint8]]]
+    micrographs: list[list[NDArray[np.uint8]]]
+    validation: list[tuple[Path, NDArray[np.uint8]]]
+    names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path, smallest: int = 96) -> Pictures:
+        """Read all pictures under `folder`, splitting off the validation set."""
+        paths = find_images([folder], recursive=True)
+        micrographs = [path for path in paths if MICROGRAPHS in path.parent.parts]
+        photographs = [path for path in paths if MICROGRAPHS not in path.parent.parts]
+        held = [
+            *sorted(photographs, key=name_hash)[:VALIDATION_PHOTOGRAPHS],
+            *sorted(micrographs, key=name_hash)[:VALIDATION_MICROGRAPHS],
+        ]
+        if len(held) >= len(paths):
+            message = (
+                f"Training needs more than {len(held)} pictures under {folder}, of which "
+                f"{VALIDATION_PHOTOGRAPHS} photographs are kept for validation; found "
+                f"{len(paths)}. Point --data at a larger folder."
+            )
+            raise ValueError(message)
+
+        def copies(chosen: list[Path]) -> list[list[NDArray[np.uint8]]]:
+            return [pyramid(rgb(path), smallest) for path in chosen if path not in held]
+
+        return cls(
+            copies(tqdm(photographs, desc="reading photographs", leave=False)),
+            copies(tqdm(micrographs, desc="reading micrographs", leave=False)),
+            [(path, rgb(path)) for path in held],
+            [path.name for path in paths if path not in held],
+        )
+
+
+def rgb(path: Path) -> NDArray[np.uint8]:
+    """Read a picture as (H, W, 3) of 8 bits; grey is repeated, alpha dropped."""
+    array = read_image(path).array
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=-1)
+    if array.dtype == np.uint16:
+        array = array // 257
+    return np.ascontiguousarray(array[..., :3], dtype=np.uint8)
+
+
+def pyramid(array: NDArray[np.uint8], smallest: int) -> list[NDArray[np.uint8]]:
+    """Return the picture and its copies of half, a quarter, ... the size, not below `smallest`."""
+    copies = [array]
+    while min(copies[-1].shape[:2]) // 2 >= smallest:
+        pixels = torch.from_numpy(copies[-1]).permute(2, 0, 1)[None].float()
+        copies.append(
+            F.avg_pool2d(pixels, 2).round().to(torch.uint8)[0].permute(1, 2, 0).numpy()
+        )
+    return copies
+
+
+def cut(copies: list[NDArray[np.uint8]], kind: Degradation | None, size: int, generator: Generator) -> Tensor:
+    """Return one patch (3, size, size) of 0..255, flipped and turned at random."""
+    draws = torch.rand(4, generator=generator).tolist()
+    usable = [copy for copy in copies if min(copy.shape[:2]) >= size]
+    if not usable:
+        array = copies[0]
+        rows, columns = (max(size - side, 0) for side in array.shape[:2])
+        usable = [np.pad(array, ((0, rows), (0, columns), (0, 0)), mode="symmetric")]
+    if kind in GLOBAL:
+        source = usable[int(draws[0] * len(usable))]
+    else:
+        source = usable[min(int(draws[0] < 0.35), len(usable) - 1)]
+    top = int(draws[1] * (source.shape[0] - size + 1))
+    left = int(draws[2] * (source.shape[1] - size + 1))
+    patch = np.rot90(source[top : top + size, left : left + size], int(draws[3] * 8) % 4)
+    if draws[3] >= 0.5:
+        patch = patch[:, ::-1]
+    return torch.from_numpy(patch.copy()).permute(2, 0, 1)
+
+
+def draw_kinds(count: int, generator: Generator) -> list[Degradation | None]:
+    """Choose what each patch of a batch suffers, by `SHARES`."""
+    kinds, shares = list(SHARES), torch.tensor(list(SHARES.values()))
+    drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
+    return [kinds[i] for i in drawn.tolist()]
+
+
+def step_generator(seed: int, step: int) -> Generator:
+    """Return the source of all random numbers of one step."""
+    return Generator().manual_seed((seed << 32) + step)
+
+
+def draw_batch(pictures: Pictures, settings: TrainingSettings, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return inputs, targets, degradation indices and sigmas of one step, on `device`."""
+    generator = step_generator(settings.seed, step)
+    kinds = draw_kinds(settings.batch, generator)
+    patches = []
+    for kind in kinds:
+        # Micrographs have no rain, haze or darkness to learn from.
+        share = {None: 0.2, Degradation.BLUR: 0.1}.get(kind, 0.0) * bool(pictures.micrographs)
+        pool = (
+            pictures.micrographs
+            if float(torch.rand((), generator=generator)) < share
+            else pictures.photographs
+        )
+        copies = pool[int(torch.randint(len(pool), (), generator=generator))]
+        patches.append(cut(copies, kind, settings.patch, generator))
+    pixels = torch.stack(patches).to(device).float() / 255
+    return training_pairs(pixels, kinds, generator)
+
+
+def learning_rate(settings: TrainingSettings, seen: int) -> float:
+    """Return the learning rate after `seen` patches: a linear rise, then half a cosine."""
+    if seen < settings.warmup:
+        return settings.learning_rate * (seen + settings.batch) / settings.warmup
+    progress = min(1.0, (seen - settings.warmup) / max(1, settings.patches - settings.warmup))
+    return settings.learning_rate * (0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def new_model(config: DFPIRConfig, seed: int) -> DFPIR:
+    """Return a network with seeded weights and, per degradation, seeded channel orders."""
+    torch.manual_seed(seed)
+    model = DFPIR(config)
+    generator = Generator().manual_seed(seed)
+    for block in model.perturbations:
+        orders = block.perturbation.permutations
+        for row in orders:
+            row.copy_(torch.randperm(len(row), generator=generator))
+    return model
+
+
+def psnr(first: Tensor, second: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB of two images with values 0..1."""
+    return -10 * math.log10(max(float((first - second).square().mean()), 1e-12))
+
+
+@torch.no_grad()
+def validate(model: DFPIR, pictures: Pictures, device: torch.device, side: int = 128) -> dict[str, float]:
+    """Return the mean PSNR per degradation on the middle of each validation picture.
+
+    Micrographs count for noise only, as ``"<noise>, micrographs"``.
+    """
+    scores: dict[str, list[float]] = {}
+    model.eval()
+    for number, (path, array) in enumerate(pictures.validation):
+        micrograph = MICROGRAPHS in path.parent.parts
+        top, left = ((extent - side) // 2 for extent in array.shape[:2])
+        crop = array[max(top, 0) :, max(left, 0) :][:side, :side]
+        sharp = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float().to(device) / 255
+        sharp = sharp[..., : sharp.shape[-2] // 16 * 16, : sharp.shape[-1] // 16 * 16]
+        for kind in Degradation:
+            if micrograph and kind.sigma is None:
+                continue
+            generator = Generator().manual_seed(number * len(Degradation) + kind.index)
+            inputs, targets, indices, _ = training_pairs(sharp, [kind], generator)
+            restored = model(inputs, indices).clamp(0, 1)
+            name = f"{kind.value}, micrographs" if micrograph else kind.value
+            scores.setdefault(name, []).append(psnr(restored, targets))
+    model.train()
+    return {name: round(sum(values) / len(values), 3) for name, values in scores.items()}
+
+
+@lru_cache(maxsize=1)
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones, by trying it.
+
+    Without instructions for them it is some hundred times slower.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        factor = torch.ones(256, 256, dtype=dtype)
+        torch.mm(factor, factor)
+        started = time.perf_counter()
+        torch.mm(factor, factor)
+        return time.perf_counter() - started
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def balance(errors: Tensor) -> Tensor:
+    """Weight each image's error so that a percent less of it counts the same in every task.
+
+    The error left in haze and low light is several times that left in noise, and its sign hardly
+    changes over an image: unweighted, those two would decide most of every step.
+    """
+    weights = 1 / (errors.detach() + 0.03)
+    return weights / weights.mean()
+
+
+class Trainer:
+    """State of one run: the network, its average, the optimiser, and the log.
+
+    Parameters
+    ----------
+    config : DFPIRConfig
+    settings : TrainingSettings
+    pictures : Pictures
+    device : torch.device
+    state_file : Path
+        Written atomically every few minutes; `resume` continues from it.
+    """
+
+    def __init__(self, config: DFPIRConfig, settings: TrainingSettings, pictures: Pictures, device: torch.device, state_file: Path) -> None:
+        self.config, self.settings = config, settings
+        self.pictures, self.device, self.state_file = pictures, device, state_file
+        self.model = new_model(config, settings.seed).to(device)
+        self.average = new_model(config, settings.seed).to(device).requires_grad_(False)
+        decayed = [value for value in self.model.parameters() if value.ndim > 1]
+        others = [value for value in self.model.parameters() if value.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": settings.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+            fused=True,
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.log: list[dict[str, object]] = []
+
+    def described(self) -> dict[str, dict[str, object]]:
+        """Return settings and configuration as plain values."""
+        config = asdict(self.config)
+        config["degradations"] = [member.value for member in self.config.degradations]
+        return {"settings": asdict(self.settings), "config": config}
+
+    @property
+    def seen(self) -> int:
+        """Patches seen so far."""
+        return self.step * self.settings.batch
+
+    def save(self) -> None:
+        """Write the whole state, so that the run goes on exactly after `resume`."""
+        partial = self.state_file.with_suffix(".partial")
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "log": self.log,
+            **self.described(),
+        }
+        torch.save(state, partial)
+        partial.replace(self.state_file)
+
+    def resume(self) -> None:
+        """Continue from the state file.
+
+        Raises
+        ------
+        ValueError
+            If there is none, or it is of another network.
+        """
+        if not self.state_file.is_file():
+            message = f"{self.state_file}: nothing to resume; start without --resume."
+            raise ValueError(message)
+        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+        if state["config"] != self.described()["config"]:
+            message = (
+                f"{self.state_file}: was trained as {state['config']}, asked for "
+                f"{self.described()['config']}. Resume with the same preset."
+            )
+            raise ValueError(message)
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+
+    def start_from(self, model: DFPIR) -> None:
+        """Begin with the weights and channel orders of `model`.
+
+        Raises
+        ------
+        ValueError
+            If it is of another size.
+        """
+        if model.config != self.config:
+            message = f"Weights are of {model.config}; expected {self.config}. Use another preset."
+            raise ValueError(message)
+        self.model.load_state_dict(model.state_dict())
+        self.average.load_state_dict(model.state_dict())
+
+    def train_step(self) -> float:
+        """Take one step and return its loss, the mean absolute error."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, self.seen)
+        inputs, targets, indices, _ = draw_batch(
+            self.pictures, self.settings, self.step, self.device
+        )
+        half = {"cpu": fast_bfloat16(), "cuda": True}.get(self.device.type, False)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            restored = self.model(inputs, indices)
+        errors = (restored.float() - targets).abs().mean(dim=(1, 2, 3))
+        loss = (errors * balance(errors)).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        # A short memory at first, so that the random start is soon forgotten.
+        decay = min(self.settings.average, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            averaged = list(self.average.parameters())
+            torch._foreach_lerp_(averaged, list(self.model.parameters()), 1 - decay)
+        self.step += 1
+        return float(errors.detach().mean())
+
+    def run(self, *, every: int = 10_000, save_seconds: float = 180.0) -> None:
+        """Train to the end of the settings' patches, validating after each `every` patches."""
+        losses: list[float] = []
+        started = saved = time.monotonic()
+        before = self.seconds
+        with tqdm(total=self.settings.patches, initial=self.seen, unit="patch") as bar:
+            try:
+                while self.seen < self.settings.patches:
+                    losses.append(self.train_step())
+                    self.seconds = before + time.monotonic() - started
+                    bar.update(self.settings.batch)
+                    bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+                    done = self.seen >= self.settings.patches
+                    if done or self.seen // every > (self.seen - self.settings.batch) // every:
+                        scores = validate(self.average, self.pictures, self.device)
+                        self.log.append(
+                            {
+                                "patches": self.seen,
+                                "seconds": round(self.seconds, 1),
+                                "loss": round(float(np.mean(losses)), 5),
+                                "psnr": scores,
+                            }
+                        )
+                        losses.clear()
+                        logger.info("%s", json.dumps(self.log[-1]))
+                    if done or time.monotonic() - saved > save_seconds:
+                        self.save()
+                        saved = time.monotonic()
+            except KeyboardInterrupt:
+                self.save()
+                raise
+
+
+def plot(log: list[dict[str, object]], path: Path) -> None:
+    """Draw the validation PSNR of every degradation over the patches seen."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 9}):
+        axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+        patches = [entry["patches"] for entry in log]
+        for name in log[-1]["psnr"]:  # type: ignore[attr-defined]
+            axes.plot(patches, [entry["psnr"][name] for entry in log], "o-", label=name)  # type: ignore[index]
+        axes.set(xlabel="patches seen", ylabel="PSNR on validation pictures, dB")
+        axes.grid(alpha=0.3)
+        axes.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False)
+        axes.figure.savefig(path, dpi=120)
+
+
+def train(
+    data: Path,
+    output: Path,
+    *,
+    preset: str = "compact",
+    device: str = "auto",
+    resume: bool = False,
+    start: str | Path | None = None,
+    every: int = 10_000,
+    **chosen: float,
+) -> dict[str, object]:
+    """Train a network and write its averaged weights in half precision.
+
+    Beside `output` appear ``.state`` (everything that `resume` needs), ``.json`` (the log) and
+    ``.png`` (a plot of it), the last where matplotlib is installed.
+
+    Parameters
+    ----------
+    data : Path
+        Folder of sharp pictures; those in a folder called ``micrographs`` count as such.
+    output : Path
+        The safetensors file to write.
+    preset : {"compact", "paper"}
+    device : str
+    resume : bool
+        Go on from the state beside `output`; `chosen` may change the patches to see in all.
+    start : str or Path, optional
+        Weights to begin from, by name or file.
+    every : int
+        Patches between validations.
+    **chosen
+        Fields of `TrainingSettings` that shall differ from their defaults.
+
+    Returns
+    -------
+    dict
+        Settings, patches, seconds, scores, files: what weights.json records of a run.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds too few pictures, there is nothing to resume, or `start` is of another
+        size.
+    """
+    settings = replace(TrainingSettings(), **chosen)  # type: ignore[arg-type]
+    config = DFPIRConfig.paper() if preset == "paper" else DFPIRConfig.compact()
+    pictures = Pictures.load(data)
+    trainer = Trainer(
+        config, settings, pictures, choose_device(device), output.with_suffix(".state")
+    )
+    if start is not None:
+        trainer.start_from(load_model(start))
+    if resume:
+        trainer.resume()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    trainer.run(every=every)
+    checkpoint.save(trainer.average, output, dtype=torch.float16)
+    record: dict[str, object] = {
+        "patches": trainer.seen,
+        "seconds": round(trainer.seconds),
+        **trainer.described(),
+        "validation": trainer.log[-1]["psnr"],
+        "pictures": len(pictures.names),
+        "torch": torch.__version__,
+    }
+    log = {**record, "log": trainer.log, "files": pictures.names}
+    output.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    try:
+        plot(trainer.log, output.with_suffix(".png"))
+    except ImportError:
+        logger.info("no plot: matplotlib is not installed")
+    return record

@@ -1,0 +1,72 @@
+"""What all tests share: tolerances, small networks, pictures."""
+
+import numpy as np
+import pytest
+import torch
+
+from dfpir.degradation import Degradation
+from dfpir.model import DFPIR, DFPIRConfig
+
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 5e-2,
+    torch.float16: 5e-3,
+}
+"""Largest relative L2 distance at which two results count as equal, by precision."""
+
+SMALL = DFPIRConfig(width=8, blocks=(1, 1, 1, 1), refinement_blocks=1)
+SMALL_COMPACT = DFPIRConfig(
+    width=8,
+    blocks=(1, 1, 1, 1),
+    refinement_blocks=1,
+    expansion=2.0,
+    stem=2,
+    perturbation_skip=True,
+)
+
+
+def distance(found, expected):
+    """Relative L2 distance."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_equal(found, expected, dtype=torch.float32):
+    assert found.shape == expected.shape
+    assert distance(found, expected) <= TOLERANCE[dtype]
+
+
+def random_model(config, seed=0):
+    """A network whose every parameter is away from its initial value."""
+    torch.manual_seed(seed)
+    model = DFPIR(config)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.05 * torch.randn_like(value))
+        for block in model.perturbations:
+            for row in block.perturbation.permutations:
+                row.copy_(torch.randperm(len(row)))
+    return model.eval()
+
+
+@pytest.fixture(params=[SMALL, SMALL_COMPACT], ids=["paper-like", "compact-like"])
+def model(request):
+    return random_model(request.param)
+
+
+@pytest.fixture
+def tiny_model():
+    return random_model(SMALL_COMPACT).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def photograph():
+    """A colour photograph, (128, 160, 3) of uint8."""
+    from skimage.data import astronaut
+
+    return np.ascontiguousarray(astronaut()[:128, 150:310])
+
+
+@pytest.fixture
+def both():
+    return [Degradation.RAIN, Degradation.HAZE]

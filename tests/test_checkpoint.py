@@ -1,0 +1,246 @@
+"""Files of weights: ours, the authors', and everything that is neither."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, assert_equal, random_model
+from safetensors.torch import load_file, save_file
+
+from dfpir import checkpoint
+from dfpir.checkpoint import CheckpointError
+from dfpir.degradation import Degradation
+
+DATA = Path(__file__).parent / "data"
+PLACES = [*(f"encoder_shuffle_channel{level}" for level in (1, 2, 3)), "latent_shuffle_channel"]
+
+
+def published_weights(seed):
+    """The weights behind the golden outputs, by formula from a seed."""
+    shapes = json.loads((DATA / "official_small.keys.json").read_text())
+    generator = np.random.default_rng(seed)
+    weights = {}
+    for key in sorted(shapes):
+        shape = shapes[key]
+        drawn = generator.standard_normal(shape).astype(np.float32)
+        if key.endswith("attn4"):
+            value = 0.2 + 0.05 * drawn
+        elif key.endswith("temperature") or (key.endswith("body.weight") and len(shape) == 1):
+            value = 1 + 0.1 * drawn
+        elif key.endswith("bias"):
+            value = 0.1 * drawn
+        else:
+            value = drawn / np.sqrt(np.prod(shape[1:]))
+        weights[key] = torch.from_numpy(np.asarray(value, dtype=np.float32))
+    return weights
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(DATA / "official_small.safetensors")
+
+
+@pytest.fixture(scope="module")
+def codes(golden):
+    return dict(zip(Degradation, golden["text_code"], strict=False))
+
+
+@pytest.fixture(scope="module")
+def published(codes):
+    return checkpoint.from_published(published_weights(7), codes)
+
+
+def test_channel_orders_are_the_authors(published, golden):
+    for place, name in enumerate(PLACES):
+        orders = published.perturbations[place].perturbation.permutations
+        assert torch.equal(orders[:3], golden[f"perm_{name}"])
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("road", ["definition", "inference"])
+def test_the_function_is_the_authors(published, golden, number, road):
+    published.requires_grad_(road == "definition")
+    restored = published(golden["input"], list(Degradation)[number]).detach() if (
+        road == "definition"
+    ) else published(golden["input"], [list(Degradation)[number]] * 2)
+    assert_equal(restored, golden[f"output_{number}"])
+
+
+def test_renaming_is_a_bijection(published):
+    renamed = {
+        checkpoint.rename(key)
+        for key in published_weights(7)
+        if not checkpoint.TEXT_PROJECTION.search(key)
+    }
+    ours = {key for key in published.state_dict() if not key.endswith("permutations")}
+    assert renamed == ours
+
+
+def test_a_missing_text_projection_is_named(codes):
+    state = published_weights(7)
+    del state["latent_shuffle_channel.linear_layer3.bias"]
+    with pytest.raises(CheckpointError, match=r"latent_shuffle_channel\.linear_layer3\.bias"):
+        checkpoint.from_published(state, codes)
+
+
+def test_left_over_and_missing_keys_are_named(codes):
+    state = published_weights(7)
+    del state["output.weight"]
+    state["surplus"] = torch.zeros(1)
+    with pytest.raises(CheckpointError, match=r"missing output\.weight; unexpected surplus"):
+        checkpoint.from_published(state, codes)
+
+
+def test_text_codes_have_512_values():
+    with pytest.raises(CheckpointError, match=r"'rain' has shape \(5,\).*\(512,\)"):
+        checkpoint.from_published({}, {Degradation.RAIN: torch.zeros(5)})
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = random_model(SMALL)
+    path = tmp_path / "weights.safetensors"
+    checkpoint.save(model, path)
+    return model, path
+
+
+def rewrite(path, *, drop=None, metadata=None, **changed):
+    """Write the file anew with other tensors or another header."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        header = dict(file.metadata())
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors |= changed
+    if drop:
+        del tensors[drop]
+    save_file(tensors, path, header | (metadata or {}))
+
+
+def test_saved_weights_come_back(saved):
+    model, path = saved
+    loaded = checkpoint.load(path)
+    assert loaded.config == model.config
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_half_precision_halves_the_file(saved, tmp_path):
+    model, path = saved
+    half = tmp_path / "half.safetensors"
+    checkpoint.save(model, half, dtype=torch.float16)
+    assert half.stat().st_size < 0.7 * path.stat().st_size
+    assert next(checkpoint.load(half).parameters()).dtype == torch.float32
+
+
+def test_a_pickle_is_refused_and_explained(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CheckpointError, match=r"pickle, which can run code.*weights import"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0{}"])
+def test_what_is_not_safetensors_is_refused(tmp_path, content):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        checkpoint.load(path)
+
+
+def test_an_absent_file_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no such weights file"):
+        checkpoint.load(tmp_path / "absent.safetensors")
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="not written by dfpir"):
+        checkpoint.load(path)
+
+
+def test_missing_tensors_are_named(saved):
+    _, path = saved
+    rewrite(path, drop="output.weight")
+    with pytest.raises(CheckpointError, match=r"missing output\.weight"):
+        checkpoint.load(path)
+
+
+def test_wrong_shapes_are_named(saved):
+    _, path = saved
+    rewrite(path, **{"output.weight": torch.zeros(3, 16, 1, 1)})
+    with pytest.raises(CheckpointError, match=r"output\.weight is \(3, 16, 1, 1\), expected"):
+        checkpoint.load(path)
+
+
+def test_a_channel_order_must_be_one(saved):
+    model, path = saved
+    name = "perturbations.0.perturbation.permutations"
+    orders = torch.zeros_like(model.state_dict()[name], dtype=torch.int16)
+    rewrite(path, **{name: orders})
+    with pytest.raises(CheckpointError, match="not a table of permutations"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"width": 16},
+        {"blocks": [10**9, 1, 1, 1]},
+        {"heads": [1, 2, 4, 16]},
+        {"expansion": 3.5},
+        {"stem": 4},
+    ],
+)
+def test_a_lying_configuration_is_refused(saved, lie):
+    _, path = saved
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    rewrite(path, metadata={"config": json.dumps(config | lie)})
+    with pytest.raises(CheckpointError, match=f"{next(iter(lie))} is .*, the tensors say"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"expansion": "x"}'])
+def test_an_unreadable_configuration_is_refused(saved, config):
+    _, path = saved
+    rewrite(path, metadata={"config": config})
+    with pytest.raises(CheckpointError, match="configuration cannot be read"):
+        checkpoint.load(path)
+
+
+def test_published_files_are_read_without_running_code(tmp_path):
+    path = tmp_path / "model.pth.tar"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, path)
+    assert list(checkpoint.read_published(path)) == ["a"]
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Trap()}, path)
+    with pytest.raises(CheckpointError, match="can run code"):
+        checkpoint.read_published(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [[], {"epoch": 1}, {"state_dict": {"a": 1}}])
+def test_published_files_need_a_state_dict(tmp_path, content):
+    path = tmp_path / "model.pth.tar"
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="no `state_dict` of tensors"):
+        checkpoint.read_published(path)
+
+
+def test_text_codes_are_named_after_degradations(tmp_path):
+    path = tmp_path / "codes.safetensors"
+    save_file({"rain": torch.ones(512)}, path)
+    assert list(checkpoint.read_text_codes(path)) == [Degradation.RAIN]
+    save_file({"snow": torch.ones(512)}, path)
+    with pytest.raises(CheckpointError, match="snow"):
+        checkpoint.read_text_codes(path)
