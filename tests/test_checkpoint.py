@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_equal, random_model
 from safetensors.torch import load_file, save_file
 
+from conftest import SMALL, assert_equal, random_model
 from dfpir import checkpoint
 from dfpir.checkpoint import CheckpointError
 from dfpir.degradation import Degradation
@@ -62,9 +62,11 @@ def test_channel_orders_are_the_authors(published, golden):
 @pytest.mark.parametrize("road", ["definition", "inference"])
 def test_the_function_is_the_authors(published, golden, number, road):
     published.requires_grad_(road == "definition")
-    restored = published(golden["input"], list(Degradation)[number]).detach() if (
-        road == "definition"
-    ) else published(golden["input"], [list(Degradation)[number]] * 2)
+    restored = (
+        published(golden["input"], list(Degradation)[number]).detach()
+        if (road == "definition")
+        else published(golden["input"], [list(Degradation)[number]] * 2)
+    )
     assert_equal(restored, golden[f"output_{number}"])
 
 

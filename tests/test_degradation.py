@@ -6,7 +6,7 @@ from dfpir.degradation import Degradation, Diagnosis
 
 
 def test_order_is_that_of_the_prompts():
-    names = "noise-15 noise-25 noise-50 rain haze blur low-light".split()
+    names = ["noise-15", "noise-25", "noise-50", "rain", "haze", "blur", "low-light"]
     assert [member.value for member in Degradation] == names
     assert [member.index for member in Degradation] == list(range(7))
 

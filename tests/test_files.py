@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -33,6 +32,7 @@ imagecodecs = pytest.importorskip("imagecodecs")
 tifffile = pytest.importorskip("tifffile")
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+DAMAGED = "damaged metadata (EXIF, ICC profile or resolution) left out"
 GREY_PROFILE = SRGB[:16] + b"GRAY" + SRGB[20:]
 
 
@@ -47,23 +47,17 @@ def picture(channels: int, dtype: type, height: int = 29, width: int = 37) -> np
     return samples[..., 0] if channels == 1 else samples
 
 
-def exif_block(orientation: int | None = None, order: str = "<", thumbnail: bool = False) -> bytes:
+def exif_block(orientation: int | None = None, order: str = "<") -> bytes:
     """EXIF with a maker, 300 dpi x 150 dpi, an exposure time, a place and 4000 x 3000 pixels."""
     exif = Image.Exif()
     exif.endian = order
     if orientation is not None:
         exif[274] = orientation
-    exif[271] = "Camera maker"
+    exif[271], exif[315] = "Camera maker", "José".encode()
     exif[282], exif[283], exif[296] = 300.0, 150.0, 2
     exif.get_ifd(34665).update({33434: 0.02, 40962: 4000, 40963: 3000})
     exif.get_ifd(34853).update({1: "N"})
-    block = exif.tobytes().removeprefix(b"Exif\0\0")
-    if thumbnail:
-        first = struct.unpack(order + "I", block[4:8])[0]
-        link = first + 2 + 12 * struct.unpack(order + "H", block[first : first + 2])[0]
-        block = block[:link] + struct.pack(order + "I", len(block)) + block[link + 4 :]
-        block += struct.pack(order + "HHHII", 1, 513, 4, 1, 0) + bytes(4)
-    return block
+    return exif.tobytes().removeprefix(b"Exif\0\0")
 
 
 def loaded_exif(block: bytes | None) -> Image.Exif:
@@ -96,9 +90,6 @@ def checked_message(message: str, path: Path, *expected: str) -> str:
     for part in expected:
         assert part in message
     return message
-
-
-# Depth and channels -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -157,7 +148,7 @@ def test_jpeg_round_trip_is_close(tmp_path, channels):
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
 def test_colours_below_transparent_pixels_are_kept(tmp_path, suffix):
-    array = picture(4, np.uint8)
+    array = picture(4, np.uint8)[::-1]
     array[::2, :, 3] = 0
     write_image(tmp_path / f"out{suffix}", array)
     np.testing.assert_array_equal(read_image(tmp_path / f"out{suffix}").array, array)
@@ -165,12 +156,15 @@ def test_colours_below_transparent_pixels_are_kept(tmp_path, suffix):
 
 def test_trailing_grey_axis_and_other_byte_orders_are_written(tmp_path):
     array = picture(1, np.uint16)
-    write_image(tmp_path / "a.png", array[..., None])
-    write_image(tmp_path / "b.png", array.astype(">u2"))
-    write_image(tmp_path / "c.tif", np.asfortranarray(array)[::-1])
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png").array, array)
-    np.testing.assert_array_equal(read_image(tmp_path / "b.png").array, array)
-    np.testing.assert_array_equal(read_image(tmp_path / "c.tif").array, array[::-1])
+    for number, given_array in enumerate((array[..., None], array.astype(">u2"))):
+        write_image(tmp_path / f"{number}.png", given_array)
+        write_image(tmp_path / f"{number}.tif", np.asfortranarray(given_array))
+        for suffix in (".png", ".tif"):
+            found = read_image(tmp_path / f"{number}{suffix}").array
+            np.testing.assert_array_equal(found, array)
+    assert write_image(tmp_path / "OUT.JPG", picture(4, np.uint8)) == (
+        "alpha left out: JPEG has none",
+    )
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
@@ -196,22 +190,6 @@ def test_float_becomes_16_bit_png_and_says_what_was_clipped(tmp_path):
     )
     found = read_image(tmp_path / "out.png").array
     np.testing.assert_array_equal(found, np.array([[0, 0, 32768, 65535, 65535]], np.uint16))
-
-
-def test_jpeg_leaves_alpha_out_with_a_note(tmp_path):
-    notes = write_image(tmp_path / "out.jpg", picture(4, np.uint8))
-    assert notes == ("alpha left out: JPEG has none",)
-    assert read_image(tmp_path / "out.jpg").array.shape == (29, 37, 3)
-
-
-def test_contents_decide_not_the_name(tmp_path):
-    array = picture(3, np.uint16)
-    write_image(tmp_path / "real.png", array)
-    (tmp_path / "real.png").rename(tmp_path / "named.jpg")
-    np.testing.assert_array_equal(read_image(tmp_path / "named.jpg").array, array)
-
-
-# Conversions on reading ---------------------------------------------------------------------------
 
 
 def test_palette_becomes_rgb(tmp_path):
@@ -266,7 +244,7 @@ def test_one_bit_becomes_8_bit_grey(tmp_path):
     image = Image.fromarray(picture(1, np.uint8)).convert("1")
     for name in ("PNG", "TIFF"):
         found = read_image(save(tmp_path / name, image, name))
-        assert found.notes == ("1 bit converted to L",)
+        assert found.notes == ("1 bit converted to 8-bit grey",)
         np.testing.assert_array_equal(found.array, np.asarray(image) * np.uint8(255))
 
 
@@ -343,8 +321,6 @@ def test_first_picture_of_a_camera_jpeg_with_preview(tmp_path):
     assert found.array.shape == (29, 37, 3)
 
 
-# Metadata -----------------------------------------------------------------------------------------
-
 TARGETS = [
     (".png", np.uint8, 3),
     (".png", np.uint16, 1),
@@ -352,9 +328,9 @@ TARGETS = [
     (".jpg", np.uint8, 3),
     (".webp", np.uint8, 3),
     (".tif", np.uint8, 1),
-    (".tif", np.uint16, 3),
-    (".tif", np.float32, 4),
+    (".tif", np.uint8, 4),
 ]
+DEEP_TIFFS = [(".tif", np.uint16, 3), (".tif", np.float32, 4)]
 
 
 @pytest.mark.parametrize(("suffix", "dtype", "channels"), TARGETS)
@@ -368,37 +344,39 @@ def test_metadata_is_kept(tmp_path, suffix, dtype, channels, order):
     assert found.notes == ()
     assert found.metadata.icc_profile == profile
     assert found.metadata.dpi == pytest.approx((300, 150), rel=1e-4)
-    exif = loaded_exif(found.metadata.exif)
-    assert exif[271] == "Camera maker"
-    assert exif[282] == 300
-    assert exif.get_ifd(34665)[33434] == 0.02
-    assert exif.get_ifd(34665)[40962] == 4000
-    assert exif.get_ifd(34853)[1] == "N"
-    if suffix != ".tif":
-        assert found.metadata.exif == metadata.exif
+    with Image.open(path) as image:
+        image.load()
+        assert image.info["icc_profile"] == profile
+        for exif in (image.getexif(), loaded_exif(found.metadata.exif)):
+            assert exif[271] == "Camera maker"
+            assert exif[315].encode("latin-1").decode() == "José"
+            assert exif[282] == 300
+            assert exif.get_ifd(34665)[33434] == 0.02
+            assert exif.get_ifd(34853)[1] == "N"
 
     # A second pass through the same format changes nothing.
     write_image(path, found.array, found.metadata, overwrite=True)
     assert read_image(path).metadata == found.metadata
 
 
-# Pillow does not open colour float TIFF, the last target.
-@pytest.mark.parametrize(("suffix", "dtype", "channels"), TARGETS[:-1])
-def test_pillow_reads_our_metadata(tmp_path, suffix, dtype, channels):
-    profile = GREY_PROFILE if channels == 1 else SRGB
+@pytest.mark.parametrize(("suffix", "dtype", "channels"), DEEP_TIFFS)
+def test_deep_tiff_keeps_texts_of_exif_and_says_so(tmp_path, suffix, dtype, channels):
     path = tmp_path / f"out{suffix}"
-    metadata = FileMetadata(exif_block(1), profile, (300.0, 150.0))
-    write_image(path, picture(channels, dtype), metadata)
-    with Image.open(path) as image:
-        image.load()
-        assert image.info["icc_profile"] == profile
-        assert image.getexif()[271] == "Camera maker"
-        assert image.getexif().get_ifd(34853)[1] == "N"
-        if suffix != ".webp":
-            assert image.info["dpi"] == pytest.approx((300, 150), rel=1e-4)
+    metadata = FileMetadata(exif_block(), SRGB, (300.0, 150.0))
+    notes = write_image(path, picture(channels, dtype), metadata)
+    assert len(notes) == 1
+    assert notes[0].startswith("exposure and place (EXIF) left out")
+    found = read_image(path)
+    assert found.notes == ()
+    assert found.metadata.icc_profile == SRGB
+    assert found.metadata.dpi == pytest.approx((300, 150))
+    exif = loaded_exif(found.metadata.exif)
+    assert (exif[271], exif[315]) == ("Camera maker", "José".encode().decode("latin-1"))
+    assert write_image(path, found.array, found.metadata, overwrite=True) == ()
+    assert read_image(path).metadata == found.metadata
 
 
-@pytest.mark.parametrize(("suffix", "dtype", "channels"), TARGETS)
+@pytest.mark.parametrize(("suffix", "dtype", "channels"), TARGETS + DEEP_TIFFS)
 def test_resolution_alone_is_kept(tmp_path, suffix, dtype, channels):
     path = tmp_path / f"out{suffix}"
     write_image(path, picture(channels, dtype), FileMetadata(dpi=(96.0, 72.0)))
@@ -419,45 +397,46 @@ UPRIGHT = {
 }
 
 
+def oriented(kind: str, array: np.ndarray, orientation: int) -> bytes:
+    """Give a file of 300 dpi x 150 dpi that is to be turned, as others write it."""
+    block, buffer = exif_block(orientation, "<" if orientation % 2 else ">"), io.BytesIO()
+    if kind == "png16":
+        chunk = struct.pack(">I", len(block)) + b"eXIf" + block
+        chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
+        whole = imagecodecs.png_encode(array)
+        return whole[:-12] + chunk + whole[-12:]  # behind the pixels, as some programs do
+    if kind == "tiff16":
+        options = {"photometric": "rgb", "resolution": (300, 150), "resolutionunit": 2}
+        tifffile.imwrite(buffer, array, **options, extratags=[(274, 3, 1, orientation, True)])
+    else:
+        name = {"png8": "PNG", "tiff8": "TIFF"}.get(kind, kind.upper())
+        options = {"lossless": True} if kind == "webp" else {"dpi": (300, 150)}
+        Image.fromarray(array).save(buffer, name, exif=b"Exif\0\0" + block, **options)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("kind", ["png8", "png16", "webp", "tiff8", "tiff16", "jpeg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_and_reset(tmp_path, orientation, kind):
-    path = tmp_path / f"in.{kind.rstrip('816').replace('jpeg', 'jpg').replace('tiff', 'tif')}"
     samples = 40 * np.kron(ORIENTED, np.ones((8, 8), int))
     expected = 40 * np.kron(np.array(UPRIGHT[orientation]), np.ones((8, 8), int))
     array = samples.astype(np.uint16 if kind.endswith("16") else np.uint8)
     array = np.repeat(array[..., None], 3, axis=2)
-    exif = exif_block(orientation, "<" if orientation % 2 else ">", thumbnail=True)
-    write_image(path, array, FileMetadata(exif, dpi=(300.0, 150.0)))
-    found = read_image(path)
+    (tmp_path / "in").write_bytes(oriented(kind, array, orientation))
+    found = read_image(tmp_path / "in")
     np.testing.assert_allclose(
         found.array[..., 0].astype(int), expected, atol=3 if kind == "jpeg" else 0
     )
     turned = orientation >= 5
     assert found.metadata.dpi == pytest.approx((150, 300) if turned else (300, 150), rel=1e-4)
-    kept = loaded_exif(found.metadata.exif)
-    assert kept[274] == 1
-    assert (kept[282], kept[283]) == ((150, 300) if turned else (300, 150))
-    sizes = kept.get_ifd(34665)[40962], kept.get_ifd(34665)[40963]
-    assert sizes == ((3000, 4000) if turned else (4000, 3000))
-    assert kept.get_ifd(1) == {}
+    assert loaded_exif(found.metadata.exif).get(274, 1) == 1
 
     # Once more through a file: nothing turns again.
-    write_image(path, found.array, found.metadata, overwrite=True)
-    assert read_image(path).array.shape == found.array.shape
-    assert loaded_exif(read_image(path).metadata.exif)[274] == 1
-
-
-def test_orientation_agrees_with_pillow(tmp_path):
-    from PIL import ImageOps
-
-    image = Image.fromarray(picture(3, np.uint8))
-    for orientation in range(1, 9):
-        exif = b"Exif\0\0" + exif_block(orientation)
-        path = save(tmp_path / f"{orientation}.png", image, "PNG", exif=exif)
-        with Image.open(path) as opened:
-            expected = np.asarray(ImageOps.exif_transpose(opened))
-        np.testing.assert_array_equal(read_image(path).array, expected)
+    for suffix in (".tif", ".png", ".webp", ".jpg"):
+        write_image(tmp_path / f"out{suffix}", found.array, found.metadata)
+        again = read_image(tmp_path / f"out{suffix}")
+        assert again.array.shape == found.array.shape
+        assert again.metadata.dpi == pytest.approx(found.metadata.dpi, rel=1e-3)
 
 
 def test_damaged_exif_is_left_out_with_a_note(tmp_path):
@@ -465,47 +444,27 @@ def test_damaged_exif_is_left_out_with_a_note(tmp_path):
     path = save(tmp_path / "in.png", image, "PNG", exif=b"Exif\0\0II*\0\xff\xff\0\0")
     found = read_image(path)
     assert found.metadata.exif is None
-    assert found.notes == ("damaged EXIF left out",)
+    assert found.notes == (DAMAGED,)
     notes = write_image(tmp_path / "out.tif", found.array, FileMetadata(b"nonsense"))
-    assert notes == ("damaged EXIF left out",)
-
-
-def test_exif_that_points_to_itself_is_read(tmp_path):
-    # One field, the EXIF directory, whose offset is this very directory's.
-    loop = b"II*\0" + struct.pack("<IHHHIII", 8, 1, 34665, 4, 1, 8, 0)
-    metadata = FileMetadata(loop)
-    write_image(tmp_path / "out.tif", picture(3, np.uint8), metadata)
-    assert read_image(tmp_path / "out.tif").array.shape == (29, 37, 3)
-
-
-def test_exif_whose_fields_overlap_does_not_fill_the_memory(tmp_path):
-    # 500 fields that are each the whole block of 60 kB: 30 MB if all were copied.
-    fields = b"".join(struct.pack("<HHII", 40000 + tag, 7, 60000, 0) for tag in range(500))
-    exif = b"II*\0" + struct.pack("<IH", 8, 500) + fields
-    exif = exif.ljust(60100, b"\0")
-    path = save(tmp_path / "in.png", Image.new("L", (4, 4)), "PNG", exif=b"Exif\0\0" + exif)
-    read_image(path)
-    tracemalloc.start()
-    try:
-        assert read_image(path).metadata.exif == exif
-        assert tracemalloc.get_traced_memory()[1] < 5e6
-    finally:
-        tracemalloc.stop()
+    assert notes == (DAMAGED,)
 
 
 def test_profile_of_another_colour_space_is_left_out(tmp_path):
     path = tmp_path / "out.png"
     notes = write_image(path, picture(1, np.uint8), FileMetadata(icc_profile=SRGB))
-    assert notes == ("ICC profile for RGB left out: the pixels are GRAY",)
+    assert notes == ("ICC profile left out: it is for b'RGB ', the pixels are b'GRAY'",)
     assert read_image(path).metadata.icc_profile is None
     save(path, Image.fromarray(picture(3, np.uint8)), "PNG", icc_profile=GREY_PROFILE)
-    assert read_image(path).notes == ("ICC profile for GRAY left out: the pixels are RGB",)
+    assert read_image(path).notes[0].startswith("ICC profile left out: it is for b'GRAY'")
 
 
-def test_exif_too_long_for_jpeg_is_left_out(tmp_path):
-    exif = exif_block() + bytes(70000)
+def test_what_jpeg_cannot_hold_is_left_out(tmp_path):
+    exif = loaded_exif(exif_block())
+    exif.get_ifd(34665)[37510] = bytes(70000)
+    exif = exif.tobytes()
     path = tmp_path / "out.jpg"
-    assert "EXIF left out" in write_image(path, picture(3, np.uint8), FileMetadata(exif))[0]
+    notes = write_image(path, picture(3, np.uint8), FileMetadata(exif, dpi=(254000, 254000)))
+    assert [note.split(":")[0] for note in notes] == ["EXIF left out", "resolution left out"]
     assert read_image(path).metadata.exif is None
 
 
@@ -537,34 +496,23 @@ def test_resolution_in_centimetres_becomes_inches(tmp_path):
     assert read_image(tmp_path / "in.tif").metadata.dpi == pytest.approx((254, 254))
 
 
-# Refused on reading -------------------------------------------------------------------------------
-
-
-def test_missing_file(tmp_path):
-    refusal(tmp_path / "none.png", "does not exist", "check the name")
-
-
-def test_directory_instead_of_file(tmp_path):
-    refusal(tmp_path, "is not a file but a directory", "name a file")
-
-
-def test_empty_file(tmp_path):
-    (tmp_path / "in.png").write_bytes(b"")
-    refusal(tmp_path / "in.png", "is empty (0 bytes)", "expected a PNG, JPEG, TIFF or WebP")
-
-
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"hello, this is text", "found the bytes b'hello, t'"),
+        (None, "does not exist; check the name"),
+        (b"", "is empty (0 bytes); expected PNG, JPEG, TIFF or WebP"),
+        (b"hello, this is text", "expected PNG, JPEG, TIFF or WebP, found the bytes b'hello, t'"),
+        (b"GIF89a" + bytes(100), "found the bytes b'GIF89a"),
         (b"\x89PNG", "is not an image"),
-        (b"\x00" * 100, "is not an image"),
-        (b"%PDF-1.7 ...", "is a PDF file"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(8) + b"\x08\2\0\0\0", "is damaged"),  # 0 x 0
+        (b"II*\0" + bytes(100), "cannot be decoded"),
     ],
 )
 def test_not_an_image(tmp_path, content, expected):
-    (tmp_path / "in.png").write_bytes(content)
-    refusal(tmp_path / "in.png", expected, "PNG, JPEG, TIFF or WebP")
+    if content is not None:
+        (tmp_path / "in.png").write_bytes(content)
+    refusal(tmp_path / "in.png", expected)
+    refusal(tmp_path, "is a directory", "name a file")
 
 
 def encoded(kind: str) -> bytes:
@@ -597,15 +545,22 @@ KINDS += ["tiff", "tiff-tiff_lzw", "tiff16", "tiff16-zlib", "tiff-ours"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("part", [0.2, 0.5, 0.8, 0.98, "last"])
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.8, 0.98, "end"])
 def test_truncated_file(tmp_path, kind, part):
     whole = encoded(kind)
-    (tmp_path / "whole").write_bytes(whole)
-    assert read_image(tmp_path / "whole").array.shape in ((29, 37, 3), (37, 29, 3))
-    length = len(whole) - 1 if part == "last" else int(len(whole) * part)
-    (tmp_path / "cut").write_bytes(whole[:length])
-    message = refusal(tmp_path / "cut", "get a fresh copy")
-    assert re.search("cut short|lacks some", message)
+    (tmp_path / "in").write_bytes(whole)
+    complete = read_image(tmp_path / "in")
+    assert complete.array.shape in ((29, 37, 3), (37, 29, 3))
+    length = len(whole) - 12 if part == "end" else int(len(whole) * part)
+    (tmp_path / "in").write_bytes(whole[:length])
+    if kind == "tiff-tiff_lzw" and length > len(whole) - len(SRGB):
+        # Only the profile stands at the end: the picture is complete.
+        found = read_image(tmp_path / "in")
+        np.testing.assert_array_equal(found.array, complete.array)
+        assert found.notes == (DAMAGED,)
+    else:
+        message = refusal(tmp_path / "in", "get a fresh copy")
+        assert re.search("cut short|its start is damaged|lacks some", message)
 
 
 def test_flipped_bits_of_png_are_noticed(tmp_path):
@@ -613,7 +568,7 @@ def test_flipped_bits_of_png_are_noticed(tmp_path):
         content = bytearray(encoded(kind))
         content[len(content) // 2] ^= 0xFF
         (tmp_path / kind).write_bytes(content)
-        refusal(tmp_path / kind, "cannot be decoded as PNG", "damaged")
+        refusal(tmp_path / kind, "cannot be decoded", "damaged")
 
 
 def test_tiff_with_missing_strips(tmp_path):
@@ -625,26 +580,11 @@ def test_tiff_with_missing_strips(tmp_path):
     refusal(path, "lacks some of its strips")
 
 
-@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-def test_no_pixels(tmp_path, size):
-    content = bytearray(encoded("png16"))
-    content[16:24] = struct.pack(">II", *size)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    (tmp_path / "in.png").write_bytes(content)
-    refusal(tmp_path / "in.png", "has no pixels", f"{size[0]} x {size[1]}")
-
-
 @pytest.mark.parametrize("name", ["PNG", "WEBP"])
 def test_animation(tmp_path, name):
     frames = [Image.fromarray(picture(3, np.uint8) // divisor) for divisor in (1, 2, 3)]
     path = save(tmp_path / "in", frames[0], name, save_all=True, append_images=frames[1:])
     refusal(path, "has 3 frames", "expected a single picture", "separate files")
-
-
-def test_animated_gif(tmp_path):
-    frames = [Image.fromarray(picture(1, np.uint8) // divisor) for divisor in (1, 2)]
-    path = save(tmp_path / "in.gif", frames[0], "GIF", save_all=True, append_images=frames[1:])
-    refusal(path, "is a GIF file", "expected PNG, JPEG, TIFF or WebP", "save it as PNG")
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -654,27 +594,19 @@ def test_animated_gif(tmp_path):
 def test_several_pages(tmp_path, dtype, options):
     stack = np.stack([picture(1, dtype)] * 3)
     tifffile.imwrite(tmp_path / "in.tif", stack, photometric="minisblack", **options)
-    refusal(tmp_path / "in.tif", "pages" if "imagej" in options else "more than one page", "array")
+    refusal(tmp_path / "in.tif", "has 3 frames or pages", "as an array")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decompression_bomb(tmp_path, monkeypatch, kind):
-    (tmp_path / "in").write_bytes(encoded(kind) + bytes(0))
+    (tmp_path / "in").write_bytes(encoded(kind))
     pixels = 29 * 37
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
     assert read_image(tmp_path / "in").array.size == 3 * pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels // 2 - 20)
-    message = refusal(tmp_path / "in", "is too large", "raise PIL.Image.MAX_IMAGE_PIXELS")
-    assert "1073" in message
+    refusal(tmp_path / "in", "is too large", "raise PIL.Image.MAX_IMAGE_PIXELS")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert read_image(tmp_path / "in").array.size == 3 * pixels
-
-
-def test_file_too_long_for_any_picture_is_not_loaded(tmp_path, monkeypatch):
-    (tmp_path / "in.png").write_bytes(bytes(5000))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("the file was read"))
-    refusal(tmp_path / "in.png", "is too large: 5000 bytes")
 
 
 def test_huge_tile_is_refused_before_it_is_allocated(tmp_path):
@@ -683,7 +615,7 @@ def test_huge_tile_is_refused_before_it_is_allocated(tmp_path):
     with tifffile.TiffFile(path, mode="r+") as file:
         file.pages[0].tags["TileWidth"].overwrite(60000)
         file.pages[0].tags["TileLength"].overwrite(60000)
-    refusal(path, "the tile is 60000 x 60000")
+    refusal(path, "is too large")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -697,64 +629,29 @@ def test_nan_and_infinity(tmp_path, bad):
     assert not (tmp_path / "out.tif").exists()
 
 
-def test_float64_beyond_float32_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "in.tif", np.full((4, 4), 1e300))
-    refusal(tmp_path / "in.tif", "16 NaN or infinite values")
-
-
 @pytest.mark.parametrize("channels", [2, 5, 6])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_other_channel_counts(tmp_path, channels, dtype):
     array = np.ones((6, 7, channels), dtype)
     options = {"photometric": "minisblack", "planarconfig": "contig"}
     tifffile.imwrite(tmp_path / "in.tif", array, **options)
-    refusal(tmp_path / "in.tif", f"has {channels} channels", "expected 1 (grey), 3 (RGB)")
+    refusal(tmp_path / "in.tif", f"has {channels} channels", "expected grey, RGB or RGBA")
 
 
 @pytest.mark.parametrize(
     ("array", "found"),
     [
+        (np.full((4, 4), 1e300), "16 NaN or infinite values"),
         (np.ones((3, 4), np.complex64), "complex64 values"),
-        (np.full((3, 4), 70000, np.int32), "int32 values from 70000 to 70000"),
-        (np.full((3, 4), -1, np.int16), "int16 values from -1 to -1"),
-        (np.full((3, 4), 2**40, np.uint64), "uint64 values from"),
+        (np.ones((3, 4), np.int32), "int32 values"),
+        (np.ones((3, 4), np.int8), "int8 values"),
+        (np.ones((3, 4), np.uint64), "uint64 values"),
     ],
-    ids=["complex", "int32", "int16", "uint64"],
+    ids=["beyond", "complex", "int32", "int8", "uint64"],
 )
 def test_other_number_types(tmp_path, array, found):
     tifffile.imwrite(tmp_path / "in.tif", array)
-    refusal(tmp_path / "in.tif", found, "expected 8-bit or 16-bit unsigned integers")
-
-
-def test_deep_cmyk(tmp_path):
-    tifffile.imwrite(tmp_path / "in.tif", picture(4, np.uint16), photometric="separated")
-    refusal(tmp_path / "in.tif", "photometric 5 with 16 bits", "convert it to RGB")
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="file modes need a POSIX system")
-@pytest.mark.skipif(getattr(os, "geteuid", int)() == 0, reason="root may read and write everything")
-def test_no_permission(tmp_path):
-    path = tmp_path / "in.png"
-    write_image(path, picture(3, np.uint8))
-    path.chmod(0)
-    refusal(path, "no permission to read")
-    tmp_path.chmod(0o500)
-    try:
-        write_refusal(tmp_path / "out.png", picture(3, np.uint8), "no permission to write")
-    finally:
-        tmp_path.chmod(0o700)
-
-
-def test_no_permission_is_explained(tmp_path, monkeypatch):
-    # Runs as root too: the system's answer is imitated.
-    def denied(*_args, **_options):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    write_image(tmp_path / "in.png", picture(3, np.uint8))
-    monkeypatch.setattr(Path, "read_bytes", denied)
-    refusal(tmp_path / "in.png", "no permission to read", "choose another")
-    monkeypatch.setattr(Path, "open", denied)
-    write_refusal(tmp_path / "out.png", picture(3, np.uint8), "no permission to write")
+    refusal(tmp_path / "in.tif", found, "expected")
 
 
 @pytest.mark.parametrize(
@@ -775,9 +672,9 @@ def test_base_packages_suffice_for_the_usual_files(tmp_path, monkeypatch):
         assert read_image(tmp_path / f"out{suffix}").array.shape == (29, 37, 3)
     write_image(tmp_path / "grey.png", picture(1, np.uint16))
     assert read_image(tmp_path / "grey.png").array.dtype == np.uint16
-    write_image(tmp_path / "deep.tif", picture(3, np.uint16))
+    write_refusal(tmp_path / "deep.tif", picture(3, np.uint16), "needs tifffile", "dfpir[cli]")
     write_refusal(tmp_path / "deep.png", picture(3, np.uint16), "needs imagecodecs", "dfpir[cli]")
-    assert not (tmp_path / "deep.png").exists()
+    assert not [*tmp_path.glob("deep*")]
 
 
 def test_import_is_light():
@@ -786,8 +683,6 @@ def test_import_is_light():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 
-
-# Hypothesis: any bytes ----------------------------------------------------------------------------
 
 WHOLE = {kind: encoded(kind) for kind in KINDS}
 
@@ -823,17 +718,9 @@ def test_any_bytes_give_a_picture_or_a_refusal(tmp_path, monkeypatch, kind, chan
         np.testing.assert_array_equal(read_image(tmp_path / "again.tif").array, found.array)
 
 
-# Writing: refused, atomic -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["out.bmp", "out", "out.gif", ".png"])
 def test_unsupported_output_suffix(tmp_path, name):
     write_refusal(tmp_path / name, picture(3, np.uint8), "suffix", "expected one of .jpeg, .jpg")
-
-
-def test_suffix_in_capitals(tmp_path):
-    write_image(tmp_path / "OUT.PNG", picture(3, np.uint8))
-    assert (tmp_path / "OUT.PNG").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -846,7 +733,7 @@ def test_suffix_in_capitals(tmp_path):
         (np.ones((4, 4, 5), np.uint8), "(4, 4, 5)"),
         (np.ones((2, 4, 4, 3), np.uint8), "(2, 4, 4, 3)"),
         (np.ones(4, np.uint8), "(4,)"),
-        (np.ones((0, 4, 3), np.uint8), "no pixels"),
+        (np.ones((0, 4, 3), np.uint8), "(0, 4, 3)"),
     ],
 )
 def test_arrays_that_no_file_takes(tmp_path, array, found):
@@ -854,9 +741,14 @@ def test_arrays_that_no_file_takes(tmp_path, array, found):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("suffix", "limit"), [(".webp", 16383), (".jpg", 65535)])
+@pytest.mark.parametrize(("suffix", "limit"), [(".webp", 16383), (".jpg", 65500)])
 def test_picture_too_long_for_the_format(tmp_path, suffix, limit):
-    write_refusal(tmp_path / f"out{suffix}", np.zeros((1, limit + 1), np.uint8), f"{limit} pixels")
+    write_refusal(
+        tmp_path / f"out{suffix}",
+        np.zeros((1, limit + 1), np.uint8),
+        "cannot become",
+        "write PNG or TIFF",
+    )
 
 
 def test_existing_output_is_kept_unless_overwrite(tmp_path):
@@ -869,55 +761,42 @@ def test_existing_output_is_kept_unless_overwrite(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError(errno.EACCES, ""), "no permission to write it"),
+        (OSError(errno.ENOSPC, ""), "the disk is full; nothing was changed"),
+        (KeyboardInterrupt(), None),
+    ],
+    ids=["denied", "full", "interrupted"],
+)
+@pytest.mark.parametrize("step", ["replace", "fsync"])
+def test_failed_write_leaves_the_old_output(tmp_path, monkeypatch, step, error, expected):
+    def fail(*_args, **_options):
+        raise error
+
+    path = tmp_path / "out.png"
+    path.write_bytes(b"precious")
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises((ImageFileError, KeyboardInterrupt), match=expected):
+        write_image(path, picture(3, np.uint8), overwrite=True)
+    assert path.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    def denied(*_args, **_options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "in.png").write_bytes(b"secret")
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    refusal(tmp_path / "in.png", "no permission to read", "choose another")
+
+
 def test_missing_folder_and_directory_as_output(tmp_path):
     write_refusal(tmp_path / "none" / "out.png", picture(3, np.uint8), "does not exist", "create")
     (tmp_path / "folder.png").mkdir()
     write_refusal(tmp_path / "folder.png", picture(3, np.uint8), "is a directory")
-
-
-def full_disk(*_args, **_options):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def interrupted(*_args, **_options):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("step", ["replace", "fsync"])
-@pytest.mark.parametrize("suffix", SUPPORTED_SUFFIXES)
-def test_failed_write_leaves_the_old_output(tmp_path, monkeypatch, step, suffix):
-    path = tmp_path / f"out{suffix}"
-    path.write_bytes(b"precious")
-    monkeypatch.setattr(os, step, full_disk)
-    with pytest.raises(ImageFileError, match=r"the disk is full; nothing was changed"):
-        write_image(path, picture(3, np.uint8), overwrite=True)
-    assert path.read_bytes() == b"precious"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_interrupted_write_leaves_the_old_output(tmp_path, monkeypatch):
-    path = tmp_path / "out.png"
-    path.write_bytes(b"precious")
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_image(path, picture(3, np.uint8), overwrite=True)
-    assert path.read_bytes() == b"precious"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_write_that_runs_out_of_space(tmp_path, monkeypatch):
-    # The bytes themselves do not fit: the temporary file opens the system's full device.
-    real_open = Path.open
-    monkeypatch.setattr(
-        Path,
-        "open",
-        lambda path, mode="r": real_open(
-            Path("/dev/full") if mode == "xb" else path, "wb" if mode == "xb" else mode
-        ),
-    )
-    write_refusal(tmp_path / "out.png", picture(3, np.uint8), "the disk is full")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask modes")
@@ -937,9 +816,6 @@ def test_link_stays_a_link(tmp_path):
     write_image(tmp_path / "link.png", picture(3, np.uint8), overwrite=True)
     assert (tmp_path / "link.png").is_symlink()
     np.testing.assert_array_equal(read_image(tmp_path / "real.png").array, picture(3, np.uint8))
-
-
-# Finding images -----------------------------------------------------------------------------------
 
 
 def test_find_images(tmp_path):

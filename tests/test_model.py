@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_equal, distance, random_model
 
+from conftest import TOLERANCE, assert_equal, distance, random_model
 from dfpir.degradation import Degradation
 from dfpir.model import DFPIR, DFPIRConfig, pad_to_multiple
 
@@ -86,7 +86,8 @@ def test_attention_of_the_whole_image_is_the_image_s_own(tiny_model):
 
 
 def test_windows_share_their_sums(tiny_model):
-    x = pixels(16, 16, batch=1)
+    # Large enough for scores that differ: ties would be broken either way.
+    x = pixels(96, 64, batch=1)
     once = tiny_model.measure(x, Degradation.RAIN)
     twice = tiny_model.measure(torch.cat([x, x]), Degradation.RAIN)
     for alone, shared in zip(once, twice, strict=True):
@@ -95,11 +96,12 @@ def test_windows_share_their_sums(tiny_model):
 
 
 def test_with_fixed_attention_a_tile_is_what_it_is_in_the_image(tiny_model):
-    x = pixels(160, 160, batch=1)
+    x = pixels(448, 448, batch=1)
     attention = tiny_model.measure(x, Degradation.HAZE)
     whole = tiny_model(x, Degradation.HAZE, attention=attention)
-    tile = tiny_model(x[..., 16:144, 16:144], Degradation.HAZE, attention=attention)
-    assert_equal(tile[..., 56:72, 56:72], whole[..., 72:88, 72:88])
+    tile = tiny_model(x[..., 16:432, 16:432], Degradation.HAZE, attention=attention)
+    # So far from the tile's border nothing of it can be seen.
+    assert_equal(tile[..., 192:224, 192:224], whole[..., 208:240, 208:240])
 
 
 @pytest.mark.parametrize("rows", [None, 1, 4])

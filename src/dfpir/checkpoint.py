@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +22,7 @@ FORMAT = "dfpir-1"
 CODE_LENGTH = 512
 """Length of a CLIP ViT-B/32 text code."""
 
-RENAMED_MODULES = [
+RENAMED_MODULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^patch_embed\.proj\.", "embed."),
     (r"^(encoder|decoder)_level([123])\.", lambda found: f"{found[1]}.{int(found[2]) - 1}."),
     (r"^down([123])_\d\.body\.0\.", lambda found: f"down.{int(found[1]) - 1}."),
@@ -112,7 +112,10 @@ def from_published(
         for key, value in state_dict.items()
         if not TEXT_PROJECTION.search(key)
     }
-    prefixes = [*(f"encoder_shuffle_channel{level}" for level in (1, 2, 3)), "latent_shuffle_channel"]
+    prefixes = [
+        *(f"encoder_shuffle_channel{level}" for level in (1, 2, 3)),
+        "latent_shuffle_channel",
+    ]
     for place, prefix in enumerate(prefixes):
         try:
             orders = channel_orders(state_dict, prefix, codes)

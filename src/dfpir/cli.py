@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, NoReturn
 from dfpir.degradation import CLEAN, Degradation
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import numpy as np
     from numpy.typing import NDArray
 
     from dfpir.model import Progress
     from dfpir.restorer import Restoration, Restorer
+
+    Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_demo(commands)
     return parser
-
-
-Commands = "argparse._SubParsersAction[Parser]"
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -235,7 +236,9 @@ def name_outputs(inputs: Sequence[Path], output: Path) -> list[Path]:
     names_a_file = output.suffix.lower() in SUPPORTED_SUFFIXES and not output.is_dir()
     if names_a_file:
         if len(inputs) > 1:
-            message = f"{output} names one picture, but there are {len(inputs)} inputs; name a folder"
+            message = (
+                f"{output} names one picture, but there are {len(inputs)} inputs; name a folder"
+            )
             raise UsageError(message)
         return [output]
     named: dict[Path, Path] = {}
@@ -248,9 +251,7 @@ def name_outputs(inputs: Sequence[Path], output: Path) -> list[Path]:
     return list(named)
 
 
-def each_file(
-    paths: Sequence[Path], work: Callable[[int, Path], None], doing: str
-) -> int:
+def each_file(paths: Sequence[Path], work: Callable[[int, Path], None], doing: str) -> int:
     """Do all files; report the failed ones at the end and by the exit status."""
     failures = []
     for number, path in enumerate(paths):
@@ -270,6 +271,8 @@ def each_file(
 
 def run_restore(options: argparse.Namespace) -> int:
     """Carry out `dfpir restore`."""
+    import numpy as np
+
     from dfpir.files import find_images, read_image, write_image
     from dfpir.restorer import Restorer
 
@@ -297,7 +300,9 @@ def run_restore(options: argparse.Namespace) -> int:
                 on_progress=progress,
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        notes = write_image(target, done.image, picture.metadata, overwrite=options.overwrite)
+        notes = write_image(
+            target, np.asarray(done.image), picture.metadata, overwrite=options.overwrite
+        )
         for note in notes:
             complain(f"{target}: {note}")
         if options.compare:
@@ -481,6 +486,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments : sequence of str, optional
         Those of the process by default.
     """
+    # It warns of damage that the refusal of the file tells anyway.
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:

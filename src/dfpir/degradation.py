@@ -55,6 +55,7 @@ class Degradation(Enum):
     prompt: str
 
     def __new__(cls, value: str, label: str, prompt: str) -> Degradation:
+        """Make a member whose value is its name, with label and prompt as attributes."""
         member = object.__new__(cls)
         member._value_ = value
         member.label = label
@@ -81,12 +82,12 @@ class Degradation(Enum):
         ValueError
             If there is no such degradation; the message lists those there are.
         """
-        try:
-            return cls(name)
-        except ValueError:
-            names = ", ".join(member.value for member in cls)
-            message = f"Unknown degradation {name!r}; expected one of: {names}."
-            raise ValueError(message) from None
+        for member in cls:
+            if name in (member, member.value):
+                return member
+        names = ", ".join(member.value for member in cls)
+        message = f"Unknown degradation {name!r}; expected one of: {names}."
+        raise ValueError(message)
 
     @classmethod
     def nearest_noise(cls, sigma: float) -> Degradation:

@@ -184,7 +184,7 @@ class DemoReport:
             done = "left alone" if clean.unchanged else "changed"
             rows.append(
                 f"{clean.picture:<{picture}}  {'-':<11}  {found(clean.diagnosis):<17}  "
-                f"{clean.diagnosis.confidence:>5.0%}  {done:>19}"
+                f"{clean.diagnosis.confidence:>5.0%}  {done:>18}"
             )
         return [*rows, "", f"Pictures: {self.output / CONTACT_SHEET}", f"{self.summary}."]
 
@@ -349,7 +349,7 @@ def psnr(picture: Picture, clean: Picture) -> float:
 def found(diagnosis: Diagnosis) -> str:
     """Return what was found in one or two words."""
     name = diagnosis.degradation.value if diagnosis.degradation else CLEAN
-    return f"unsure, {name}?" if diagnosis.verdict == "unsure" else name
+    return f"unsure: {name}" if diagnosis.verdict == "unsure" else name
 
 
 def write_outputs(report: DemoReport, columns: list[Column]) -> None:
@@ -416,13 +416,18 @@ def draw_column(sheet: Image.Image, draw: ImageDraw.ImageDraw, column: Column, l
     label = result.degradation.label
     top = row_top(0)
     write(draw, (left, top - 46), label[0].upper() + label[1:], HEADING_SIZE, INK, "ls")
-    verdict = f"found: {found(result.diagnosis)}, {result.diagnosis.confidence:.0%}"
     colour = RIGHT if result.named_rightly else WRONG
-    write(draw, (left, top - 16), verdict, TEXT_SIZE, colour, "ls")
+    write(draw, (left, top - 16), verdict(result.diagnosis), TEXT_SIZE, colour, "ls")
     for row, picture in enumerate((column.degraded, column.restored, column.clean)):
         sheet.paste(Image.fromarray(picture), (left, row_top(row)))
     for row, caption in enumerate(captions(result)):
         write(draw, (left, row_top(row) + SIDE + 8), caption, TEXT_SIZE, INK, "la")
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """Return what stands over a column: what was found, and how surely."""
+    words = f"{found(diagnosis)}, {diagnosis.confidence:.0%}"
+    return words if diagnosis.verdict == "unsure" else f"found: {words}"
 
 
 def captions(result: DegradedResult) -> tuple[str, str]:

@@ -132,7 +132,7 @@ def read_image(path: str | os.PathLike[str]) -> ImageFile:
             _refuse("is a directory, not a file; name a file")
         data = source.read_bytes()
         if not data:
-            _refuse("is empty (0 bytes); expected a picture; get a fresh copy")
+            _refuse("is empty (0 bytes); expected PNG, JPEG, TIFF or WebP; get a fresh copy")
         image = _decoded(data, notes)
     return dataclasses.replace(image, notes=tuple(notes))  # damage is noted at the end
 
@@ -349,7 +349,7 @@ def _by_pillow(image: Any, data: bytes, notes: list[str]) -> ImageFile:
     exif, orientation = _loaded_exif(image.getexif, notes)
     if image.format == "PNG" and data[24] == 16 and not image.mode.startswith("I"):
         pixels = _optional("imagecodecs", "a 16-bit colour PNG").png_decode(data)
-        if image.mode == "LA":
+        if pixels.shape[2] == 2:
             notes.append("grey with alpha converted to RGBA")
             pixels = pixels[..., [0, 0, 0, 1]]
     else:
@@ -357,7 +357,9 @@ def _by_pillow(image: Any, data: bytes, notes: list[str]) -> ImageFile:
         pixels = pixels.astype(np.uint16) if image.mode.startswith("I") else pixels
     pixels = _checked(_turned(pixels, orientation), notes)
     profile = _matching_profile(image.info.get("icc_profile"), pixels, notes)
-    dpi = _dpi(image.info.get("dpi"), exif, max(turned, orientation))
+    # Pillow gives a TIFF without a resolution 1 pixel per inch.
+    dpi = image.info.get("dpi") if image.format != "TIFF" else None
+    dpi = _dpi(dpi, exif, max(turned, orientation))
     block = exif.tobytes()[6:] if len(exif) else None  # behind "Exif", 0, 0
     return ImageFile(pixels, FileMetadata(block, profile, dpi))
 
@@ -369,7 +371,8 @@ def _in_plain_mode(image: Any, notes: list[str]) -> Any:
     names = {"1": "1 bit", "P": "palette", "PA": "palette", "LA": "grey with alpha"}
     names |= {"L": "transparent colour", "RGB": "transparent colour"}
     target = "RGBA" if transparent else "L" if image.mode == "1" else "RGB"
-    notes.append(f"{names.get(image.mode, image.mode)} converted to {target}")
+    wanted = "8-bit grey" if target == "L" else target
+    notes.append(f"{names.get(image.mode, image.mode)} converted to {wanted}")
     return image.convert(target)
 
 
@@ -476,7 +479,7 @@ def _dpi(dpi: Any, exif: Image.Exif, orientation: int = 1) -> tuple[float, float
         x, y = (float(number) for number in dpi)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         return None
-    if min(x, y) < 1e-3 or max(x, y) > 1e7 or x != x or y != y:
+    if not all(1e-3 <= number <= 1e7 for number in (x, y)):  # nor NaN
         return None
     return (y, x) if orientation in (5, 6, 7, 8) else (x, y)
 

@@ -83,7 +83,7 @@ class DFPIRConfig:
 
     def channels(self, level: int) -> int:
         """Channels of level 0, 1, 2 or 3 (the latent)."""
-        return self.width * 2**level
+        return self.width << level
 
     def kept(self, level: int) -> int:
         """Scores per row that CAAPM keeps: nine tenths of a head's channels, rounded down."""
@@ -136,9 +136,9 @@ class MDTA(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map normalised features (N, C, H, W) to the same shape."""
         query, key, value = self.depthwise(self.qkv(features)).chunk(3, dim=1)
-        return self.project_out(
-            reference.channel_attention(query, key, value, self.temperature)
-        )
+        attended = reference.channel_attention(query, key, value, self.temperature)
+        projected: Tensor = self.project_out(attended)
+        return projected
 
 
 class GDFN(nn.Module):
@@ -159,9 +159,9 @@ class GDFN(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map normalised features (N, C, H, W) to the same shape."""
         hidden = self.project_in(features)
-        return self.project_out(
-            reference.gated_feed_forward(hidden, self.depthwise.weight)
-        )
+        gated = reference.gated_feed_forward(hidden, self.depthwise.weight)
+        projected: Tensor = self.project_out(gated)
+        return projected
 
 
 class TransformerBlock(nn.Module):
@@ -177,7 +177,8 @@ class TransformerBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape."""
         features = features + self.attention(self.norm1(features))
-        return features + self.feed_forward(self.norm2(features))
+        result: Tensor = features + self.feed_forward(self.norm2(features))
+        return result
 
     def infer(self, features: Tensor, run: _Run) -> Tensor:
         """Map (N, H, W, C) to the same shape, through the passes of `dfpir.kernels`."""
@@ -214,9 +215,9 @@ class DGCPM(nn.Module):
     def forward(self, features: Tensor, indices: Tensor) -> Tensor:
         """Map (N, C, H, W) to the same shape; `indices` (N,) name each image's degradation."""
         expanded = self.expand(features)
-        return self.project(
-            reference.permute_channels(expanded, self.permutations[indices])
-        )
+        reordered = reference.permute_channels(expanded, self.permutations[indices])
+        projected: Tensor = self.project(reordered)
+        return projected
 
     def fold(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the one matrix (N, C, C) and offset (N, 1, 1, C) that this amounts to.
@@ -226,6 +227,7 @@ class DGCPM(nn.Module):
         orders = self.permutations[indices]  # (N, 2C)
         project = self.project.weight.flatten(1)
         expand, bias = self.expand.weight.flatten(1), self.expand.bias
+        assert bias is not None and self.project.bias is not None
         matrix = project @ expand[orders]  # (N, C, C)
         offset = bias[orders] @ project.T + self.project.bias
         return matrix, offset[:, None, None, :]
@@ -257,7 +259,8 @@ class CAAPM(nn.Module):
         mixed = reference.channel_attention(
             query, key, value, self.temperature, kept=self.kept, scale=self.scale
         )
-        return self.project_out(mixed)
+        projected: Tensor = self.project_out(mixed)
+        return projected
 
 
 class DGPB(nn.Module):
@@ -286,7 +289,8 @@ class DGPB(nn.Module):
         attended = self.attention(self.norm1(perturbed), self.norm2(features))
         if self.skip:
             attended = features + attended
-        return attended + self.feed_forward(self.norm3(attended))
+        result: Tensor = attended + self.feed_forward(self.norm3(attended))
+        return result
 
     def infer(self, features: Tensor, indices: Tensor, run: _Run) -> Tensor:
         """Map (N, H, W, C) to the same shape, through the passes of `dfpir.kernels`."""
@@ -345,6 +349,13 @@ def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
     return pixels
 
 
+def blocks_of(level: nn.Module) -> Iterator[TransformerBlock]:
+    """Yield the transformer blocks of a level."""
+    for block in level.children():
+        assert isinstance(block, TransformerBlock)
+        yield block
+
+
 class _Run:
     """One walk through the network without gradients: its attention matrices and its progress."""
 
@@ -385,7 +396,8 @@ class _Run:
         heads = temperature.shape[0]
         sums = kernels.gram(features, projections, heads, self.rows, self.advance)
         if self.shared:
-            sums = tuple(each.sum(dim=0, keepdim=True) for each in sums)
+            products, queries, keys = (each.sum(dim=0, keepdim=True) for each in sums)
+            sums = products, queries, keys
         weight = project_out.weight.flatten(1)
         matrix = kernels.attention_matrix(sums, temperature, weight, kept=kept, scale=scale)
         self.matrices.append(matrix)
@@ -561,12 +573,18 @@ class DFPIR(nn.Module):
             total += (levels * count + extra + 1) * passes * strips
         return total
 
+    def perturbation(self, place: int) -> DGPB:
+        """Return the DGPB of skip 0, 1 or 2, or of the latent, 3."""
+        block = self.perturbations[place]
+        assert isinstance(block, DGPB)
+        return block
+
     def _define(self, pixels: Tensor, indices: Tensor) -> Tensor:
         def perturb(depth: int, features: Tensor) -> Tensor:
-            perturbed: Tensor = self.perturbations[depth](features, indices)
+            perturbed: Tensor = self.perturbation(depth)(features, indices)
             return perturbed
 
-        def transform(block: nn.Module, features: Tensor) -> Tensor:
+        def transform(block: TransformerBlock, features: Tensor) -> Tensor:
             transformed: Tensor = block(features)
             return transformed
 
@@ -574,10 +592,10 @@ class DFPIR(nn.Module):
 
     def _infer(self, pixels: Tensor, indices: Tensor, run: _Run) -> Tensor:
         def perturb(depth: int, features: Tensor) -> Tensor:
-            block = self.perturbations[depth]
+            block = self.perturbation(depth)
             return from_rows(block.infer(to_rows(features), indices, run))
 
-        def transform(block: nn.Module, features: Tensor) -> Tensor:
+        def transform(block: TransformerBlock, features: Tensor) -> Tensor:
             return from_rows(block.infer(to_rows(features), run))
 
         return self._walk(pixels, transform, perturb)
@@ -585,7 +603,7 @@ class DFPIR(nn.Module):
     def _walk(
         self,
         pixels: Tensor,
-        transform: Callable[[nn.Module, Tensor], Tensor],
+        transform: Callable[[TransformerBlock, Tensor], Tensor],
         perturb: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
         """Go down and up the U, whoever computes its blocks."""
@@ -594,11 +612,11 @@ class DFPIR(nn.Module):
         features = self.embed(features)
         skips = []
         for level, down in zip(self.encoder, self.down, strict=True):
-            for block in level:
+            for block in blocks_of(level):
                 features = transform(block, features)
             skips.append(features)
             features = F.pixel_unshuffle(down(features), 2)
-        for block in self.latent:
+        for block in blocks_of(self.latent):
             features = transform(block, features)
         features = perturb(3, features)
         for depth in (2, 1, 0):
@@ -606,11 +624,12 @@ class DFPIR(nn.Module):
             features = torch.cat([features, perturb(depth, skips.pop())], dim=1)
             if depth > 0:
                 features = self.reduce[depth - 1](features)
-            for block in self.decoder[depth]:
+            for block in blocks_of(self.decoder[depth]):
                 features = transform(block, features)
-        for block in self.refinement:
+        for block in blocks_of(self.refinement):
             features = transform(block, features)
         correction = self.output(features)
         if stem > 1:
             correction = F.pixel_shuffle(correction, stem)
-        return pixels + correction
+        restored: Tensor = pixels + correction
+        return restored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 UPPER_PERCENTILE = 99.99
-"""Grey values above this percentile of a stack are taken for outliers and pass through unclipped."""
+"""Grey values above this percentile of a stack count as outliers and pass through unclipped."""
 
 ValueRange = tuple[float, float]
 
@@ -39,11 +40,11 @@ class PixelForm:
         What the user should know of the conversion.
     """
 
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     channel_axis: int | None
     value_range: ValueRange
-    alpha: NDArray | None = None
+    alpha: NDArray[Any] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -52,7 +53,7 @@ class PixelForm:
         return self.channel_axis is None or self.shape[self.channel_axis] == 1
 
 
-def find_channel_axis(array: NDArray) -> int | None:
+def find_channel_axis(array: NDArray[Any]) -> int | None:
     """Return the axis of the channels as people lay images out, None for a grey one.
 
     (H, W) is grey, (H, W, 3 or 4 or 1) and (N, H, W, 3 or 4 or 1) have channels last; anything
@@ -81,7 +82,7 @@ def find_channel_axis(array: NDArray) -> int | None:
     raise PixelError(message)
 
 
-def check(array: NDArray) -> None:
+def check(array: NDArray[Any]) -> None:
     """Refuse what is not an image of real, finite numbers.
 
     Raises
@@ -105,7 +106,7 @@ def check(array: NDArray) -> None:
         raise PixelError(message)
 
 
-def natural_range(array: NDArray, *, grey: bool) -> ValueRange:
+def natural_range(array: NDArray[Any], *, grey: bool) -> ValueRange:
     """Return the values to become 0 and 1 where the caller gives none.
 
     8 bits: 0..255. RGB: all of a 16-bit dtype, 0..1 for floats. Grey of more than 8 bits: from the
@@ -124,7 +125,7 @@ def natural_range(array: NDArray, *, grey: bool) -> ValueRange:
 
 
 def to_pixels(
-    array: NDArray,
+    array: NDArray[Any],
     *,
     channel_axis: int | None = None,
     value_range: ValueRange | None = None,
@@ -188,7 +189,7 @@ def to_pixels(
     return pixels, form
 
 
-def normalised_axis(array: NDArray, axis: int) -> int:
+def normalised_axis(array: NDArray[Any], axis: int) -> int:
     """Return a channel axis counted from the front, having checked it.
 
     Raises
@@ -197,8 +198,8 @@ def normalised_axis(array: NDArray, axis: int) -> int:
     """
     if not -array.ndim <= axis < array.ndim or array.ndim not in (3, 4):
         message = (
-            f"channel_axis={axis} does not fit an image of shape {array.shape}; expected (H, W, C), "
-            "(C, H, W) or a stack of them. Leave it out for a grey image."
+            f"channel_axis={axis} does not fit an image of shape {array.shape}; expected "
+            "(H, W, C), (C, H, W) or a stack of them. Leave it out for a grey image."
         )
         raise PixelError(message)
     if array.shape[axis] not in (1, 3, 4):
@@ -210,7 +211,7 @@ def normalised_axis(array: NDArray, axis: int) -> int:
     return axis % array.ndim
 
 
-def to_array(pixels: Tensor, form: PixelForm) -> NDArray:
+def to_array(pixels: Tensor, form: PixelForm) -> NDArray[Any]:
     """Undo `to_pixels`: values, channels, alpha, layout, dtype.
 
     Integers are rounded to the nearest and clipped to what their dtype can hold; floats are not

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def package_version() -> str:
         return "unknown"
 
 
-def array_hash(array: NDArray) -> str:
+def array_hash(array: NDArray[Any]) -> str:
     """Return the SHA-256 of an array's dtype, shape and values."""
     digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     digest.update(np.ascontiguousarray(array).data)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Restoration:
     record : RestorationRecord
     """
 
-    image: NDArray | Tensor
+    image: NDArray[Any] | Tensor
     diagnosis: Diagnosis
     steps: tuple[Degradation, ...]
     record: RestorationRecord
@@ -173,8 +174,7 @@ def vote(diagnoses: Sequence[Diagnosis]) -> Diagnosis:
     tied = [kind for kind, count in ranked if count == ranked[0][1]]
     names = diagnoses[0].probabilities
     mean = {
-        name: sum(each.probabilities[name] for each in diagnoses) / len(diagnoses)
-        for name in names
+        name: sum(each.probabilities[name] for each in diagnoses) / len(diagnoses) for name in names
     }
     verdict, degradation = max(
         tied, key=lambda kind: mean[kind[1].value] if kind[1] else mean[CLEAN]
@@ -356,7 +356,7 @@ class Restorer:
         if diagnosis.verdict == "degraded" and diagnosis.degradation and strength > 0:
             steps = (diagnosis.degradation,)
             image = torch.empty_like(pixels)
-            for number, each in enumerate(pixels.split(1)):
+            for number, each in enumerate(torch.split(pixels, 1)):
                 progress = portion(on_progress, number, len(pixels))
                 restored = self.run(each, diagnosis.degradation, tiling, progress)
                 blend = strength if weight is None else strength * weight[number]
@@ -488,7 +488,7 @@ def restore(
     channel_axis: int | None = None,
     tiling: Tiling | None = None,
     on_progress: Progress | None = None,
-) -> NDArray:
+) -> NDArray[Any]:
     """Restore an image and return it; see `Restorer.restore` for the arguments.
 
     Parameters

@@ -247,9 +247,7 @@ def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, T
     prompts = torch.tensor([15.0, 25.0, 50.0])
     exact = prompts[torch.randint(3, (count,), generator=generator)].reshape(-1, 1, 1, 1)
     spread = log_uniform(count, 3, 75, generator)
-    sigma = torch.where(
-        torch.rand(count, 1, 1, 1, generator=generator) < 0.5, exact, spread
-    )
+    sigma = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, exact, spread)
     raw = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
     gain = torch.where(raw, uniform(count, 0.3, 1.0, generator), torch.ones(()))
     pedestal = torch.where(raw, uniform(count, 0.0, 0.3, generator), torch.zeros(()))
@@ -287,9 +285,7 @@ def training_pairs(
         if not len(chosen):
             continue
         if kind is None:
-            inputs[chosen], targets[chosen], sigmas[chosen] = noise_pairs(
-                pixels[chosen], generator
-            )
+            inputs[chosen], targets[chosen], sigmas[chosen] = noise_pairs(pixels[chosen], generator)
             prompts = [Degradation.nearest_noise(float(sigma)) for sigma in sigmas[chosen]]
             indices[chosen] = torch.tensor([prompt.index for prompt in prompts])
         else:

@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from dfpir import checkpoint
 from dfpir.degradation import Degradation
 from dfpir.files import find_images, read_image
-from dfpir.model import DFPIR, DFPIRConfig
+from dfpir.model import DFPIR, PERTURBED, DFPIRConfig
 from dfpir.restorer import choose_device
 from dfpir.synthesis import training_pairs
 from dfpir.weights import load_model
@@ -87,7 +88,7 @@ def name_hash(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """Training and validation pictures; each is a list of copies, every one half the last one's size.
+    """Training and validation pictures, those for training with copies of half, quarter, ... size.
 
     Attributes
     ----------
@@ -148,13 +149,13 @@ def pyramid(array: NDArray[np.uint8], smallest: int) -> list[NDArray[np.uint8]]:
     copies = [array]
     while min(copies[-1].shape[:2]) // 2 >= smallest:
         pixels = torch.from_numpy(copies[-1]).permute(2, 0, 1)[None].float()
-        copies.append(
-            F.avg_pool2d(pixels, 2).round().to(torch.uint8)[0].permute(1, 2, 0).numpy()
-        )
+        copies.append(F.avg_pool2d(pixels, 2).round().to(torch.uint8)[0].permute(1, 2, 0).numpy())
     return copies
 
 
-def cut(copies: list[NDArray[np.uint8]], kind: Degradation | None, size: int, generator: Generator) -> Tensor:
+def cut(
+    copies: list[NDArray[np.uint8]], kind: Degradation | None, size: int, generator: Generator
+) -> Tensor:
     """Return one patch (3, size, size) of 0..255, flipped and turned at random."""
     draws = torch.rand(4, generator=generator).tolist()
     usable = [copy for copy in copies if min(copy.shape[:2]) >= size]
@@ -186,7 +187,9 @@ def step_generator(seed: int, step: int) -> Generator:
     return Generator().manual_seed((seed << 32) + step)
 
 
-def draw_batch(pictures: Pictures, settings: TrainingSettings, step: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw_batch(
+    pictures: Pictures, settings: TrainingSettings, step: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return inputs, targets, degradation indices and sigmas of one step, on `device`."""
     generator = step_generator(settings.seed, step)
     kinds = draw_kinds(settings.batch, generator)
@@ -218,9 +221,8 @@ def new_model(config: DFPIRConfig, seed: int) -> DFPIR:
     torch.manual_seed(seed)
     model = DFPIR(config)
     generator = Generator().manual_seed(seed)
-    for block in model.perturbations:
-        orders = block.perturbation.permutations
-        for row in orders:
+    for place in range(PERTURBED):
+        for row in model.perturbation(place).perturbation.permutations:
             row.copy_(torch.randperm(len(row), generator=generator))
     return model
 
@@ -231,7 +233,9 @@ def psnr(first: Tensor, second: Tensor) -> float:
 
 
 @torch.no_grad()
-def validate(model: DFPIR, pictures: Pictures, device: torch.device, side: int = 128) -> dict[str, float]:
+def validate(
+    model: DFPIR, pictures: Pictures, device: torch.device, side: int = 128
+) -> dict[str, float]:
     """Return the mean PSNR per degradation on the middle of each validation picture.
 
     Micrographs count for noise only, as ``"<noise>, micrographs"``.
@@ -296,7 +300,14 @@ class Trainer:
         Written atomically every few minutes; `resume` continues from it.
     """
 
-    def __init__(self, config: DFPIRConfig, settings: TrainingSettings, pictures: Pictures, device: torch.device, state_file: Path) -> None:
+    def __init__(
+        self,
+        config: DFPIRConfig,
+        settings: TrainingSettings,
+        pictures: Pictures,
+        device: torch.device,
+        state_file: Path,
+    ) -> None:
         self.config, self.settings = config, settings
         self.pictures, self.device, self.state_file = pictures, device, state_file
         self.model = new_model(config, settings.seed).to(device)
@@ -314,7 +325,7 @@ class Trainer:
         )
         self.step = 0
         self.seconds = 0.0
-        self.log: list[dict[str, object]] = []
+        self.log: list[dict[str, Any]] = []
 
     def described(self) -> dict[str, dict[str, object]]:
         """Return settings and configuration as plain values."""
@@ -398,8 +409,9 @@ class Trainer:
         # A short memory at first, so that the random start is soon forgotten.
         decay = min(self.settings.average, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            averaged = list(self.average.parameters())
-            torch._foreach_lerp_(averaged, list(self.model.parameters()), 1 - decay)
+            averaged: list[Tensor] = list(self.average.parameters())
+            current: list[Tensor] = list(self.model.parameters())
+            torch._foreach_lerp_(averaged, current, 1 - decay)
         self.step += 1
         return float(errors.detach().mean())
 
@@ -436,20 +448,21 @@ class Trainer:
                 raise
 
 
-def plot(log: list[dict[str, object]], path: Path) -> None:
+def plot(log: list[dict[str, Any]], path: Path) -> None:
     """Draw the validation PSNR of every degradation over the patches seen."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"font.size": 9}):
-        axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
         patches = [entry["patches"] for entry in log]
-        for name in log[-1]["psnr"]:  # type: ignore[attr-defined]
-            axes.plot(patches, [entry["psnr"][name] for entry in log], "o-", label=name)  # type: ignore[index]
+        for name in log[-1]["psnr"]:
+            axes.plot(patches, [entry["psnr"][name] for entry in log], "o-", label=name)
         axes.set(xlabel="patches seen", ylabel="PSNR on validation pictures, dB")
         axes.grid(alpha=0.3)
         axes.legend(bbox_to_anchor=(1, 1), loc="upper left", frameon=False)
-        axes.figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120)
 
 
 def train(

@@ -169,7 +169,9 @@ def verified(entry: WeightsEntry) -> Path:
     path = locate(entry)
     if path is None:
         if entry.source == "bundled":
-            message = f"{entry.name}: {entry.filename} is missing from the package. Reinstall dfpir."
+            message = (
+                f"{entry.name}: {entry.filename} is missing from the package. Reinstall dfpir."
+            )
         else:
             message = (
                 f"{entry.name}: not on this computer, and no program may fetch it. Get it by hand "
@@ -238,4 +240,3 @@ def load_model(name_or_path: str | Path | None = None) -> DFPIR:
     model = load(path)
     model.requires_grad_(False)
     return model
-

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import assert_equal, random_model
 from torch.nn import functional as F
 
+from conftest import assert_equal, random_model
 from dfpir import kernels
 from dfpir.kernels import reference
 from dfpir.model import DFPIRConfig, TransformerBlock, fold, from_rows, to_rows
@@ -95,9 +95,7 @@ def test_gram_sums_do_not_depend_on_strips():
     part = kernels.Projection(*(each[:32] for each in joint[:3]))
     whole = kernels.gram(x, [part], 2, None, nothing)
     for rows in (1, 5):
-        for found, expected in zip(
-            kernels.gram(x, [part], 2, rows, nothing), whole, strict=True
-        ):
+        for found, expected in zip(kernels.gram(x, [part], 2, rows, nothing), whole, strict=True):
             assert_equal(found, expected)
 
 

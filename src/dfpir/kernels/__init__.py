@@ -7,7 +7,6 @@ plain PyTorch for every device.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dfpir.kernels.cpu import Advance, Projection, attend, feed_forward, gram, mix

@@ -51,7 +51,7 @@ def filtered(features: Tensor, projection: Projection, top: int, bottom: int) ->
     height = features.shape[1]
     first, last = max(top - 1, 0), min(bottom + 1, height)
     strip = features[:, first:last]
-    if projection.mixing is not None:
+    if projection.mixing is not None and projection.offset is not None:
         strip = mix(strip, projection.mixing) + projection.offset
     strip = F.layer_norm(strip, strip.shape[-1:], eps=EPSILON)
     projected = F.linear(strip, projection.weight, projection.bias).permute(0, 3, 1, 2)

@@ -32,7 +32,7 @@ def pointwise(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def depthwise(features: Tensor, weight: Tensor) -> Tensor:
-    """Filter each channel on its own: a 3x3 convolution with zero padding, `weight` (C, 1, 3, 3)."""
+    """Filter each channel by a 3x3 convolution with zero padding, `weight` (C, 1, 3, 3)."""
     return F.conv2d(features, weight, padding=1, groups=features.shape[1])
 
 
@@ -77,24 +77,28 @@ def channel_attention(
     """
     heads = temperature.shape[0]
     query, key = split_heads(query, heads), split_heads(key, heads)
-    query_norm = query.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    key_norm = key.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    scores = (query @ key.transpose(-2, -1)) / (query_norm * key_norm.transpose(-2, -1)) * temperature
+    query_norm, key_norm = (
+        torch.linalg.vector_norm(side, dim=-1, keepdim=True).clamp_min(1e-12)
+        for side in (query, key)
+    )
+    scores = (
+        (query @ key.transpose(-2, -1)) / (query_norm * key_norm.transpose(-2, -1)) * temperature
+    )
     if kept is not None:
         scores = keep_largest(scores, kept)
-    mixed = scores.softmax(dim=-1) @ split_heads(value, heads)
+    mixed: Tensor = scores.softmax(dim=-1) @ split_heads(value, heads)
     if scale is not None:
         mixed = mixed * scale
     return mixed.reshape(value.shape)
 
 
 def gated_feed_forward(hidden: Tensor, depthwise_weight: Tensor) -> Tensor:
-    """Gate one half of the filtered features by the other: GELU(a) * b, (N, 2h, ...) to (N, h, ...)."""
+    """Gate one half of the filtered features by the other: GELU(a) * b, from 2h channels to h."""
     gate, content = depthwise(hidden, depthwise_weight).chunk(2, dim=1)
     return F.gelu(gate) * content
 
 
 def permute_channels(features: Tensor, permutation: Tensor) -> Tensor:
-    """Reorder the channels of each image: `features` (N, C, H, W), `permutation` (N, C) of int64."""
+    """Reorder the channels of (N, C, H, W), each image by its row of `permutation` (N, C)."""
     images = torch.arange(features.shape[0], device=features.device)
     return features[images[:, None], permutation]

@@ -1,0 +1,245 @@
+"""The road from array to array, with small random networks and a classifier of straw."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import SMALL_COMPACT, distance
+from dfpir import restorer as module
+from dfpir.degradation import Degradation, Diagnosis
+from dfpir.model import DFPIRConfig
+from dfpir.restorer import Restorer, memory_needed, vote
+from dfpir.tiling import Tiling
+
+NAMES = [*(member.value for member in Degradation), "clean"]
+
+
+def diagnosis(verdict, degradation=None, probability=0.9, sigma=None):
+    likely = degradation.value if degradation else "clean"
+    rest = (1 - probability) / (len(NAMES) - 1)
+    table = {name: probability if name == likely else rest for name in NAMES}
+    return Diagnosis(verdict, degradation, table, sigma)
+
+
+@pytest.fixture
+def restorer(tiny_model):
+    return Restorer(model=tiny_model)
+
+
+@pytest.fixture
+def verdict(monkeypatch):
+    """Set what the classifier will find."""
+
+    def decide(*found):
+        calls = []
+
+        def classify(_, pixels):
+            calls.append(len(pixels))
+            return [found[number % len(found)] for number in range(len(pixels))]
+
+        monkeypatch.setattr(module, "classify_with", classify)
+        monkeypatch.setattr(module, "bundled_classifier", lambda: None)
+        return calls
+
+    return decide
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("shape", [(20, 24), (20, 24, 3), (20, 24, 4), (2, 20, 24, 3)])
+def test_dtype_and_shape_are_kept(restorer, dtype, shape):
+    array = np.random.default_rng(0).random(shape)
+    array = array.astype(dtype) if dtype == np.float32 else (array * 200).astype(dtype)
+    done = restorer.restore(array, "rain")
+    assert done.image.dtype == dtype and done.image.shape == shape
+    assert not np.array_equal(done.image, array)
+    if shape[-1] == 4:
+        assert np.array_equal(done.image[..., 3], array[..., 3])
+
+
+@pytest.mark.parametrize("a", [1, 16, 257])
+@pytest.mark.parametrize("b", [0, 100])
+def test_gain_and_offset_pass_through(restorer, a, b):
+    array = np.random.default_rng(3).integers(0, 200, (24, 32)).astype(np.uint16)
+    plain = restorer.restore(array.astype(np.float64), "noise-25").image
+    changed = restorer.restore((array * a + b).astype(np.uint16), "noise-25").image
+    limit = 0.5 + a * 200 * 1e-5
+    assert np.abs(changed - np.clip(plain * a + b, 0, 65535)).max() <= limit
+
+
+def test_strength_blends(restorer, photograph):
+    array = photograph[:32, :32].astype(np.float32) / 255
+    full = restorer.restore(array, "haze").image
+    assert np.array_equal(restorer.restore(array, "haze", strength=0).image, array)
+    half = restorer.restore(array, "haze", strength=0.5).image
+    assert np.abs(half - (array + full) / 2).max() < 1e-6
+
+
+def test_mask_limits(restorer, photograph):
+    array = photograph[:32, :40]
+    mask = np.zeros((32, 40), bool)
+    mask[8:16, 8:16] = True
+    full = restorer.restore(array, "haze").image
+    masked = restorer.restore(array, "haze", mask=mask).image
+    assert np.array_equal(masked[~mask], array[~mask])
+    assert np.array_equal(masked[mask], full[mask])
+
+
+@pytest.mark.parametrize("found", [diagnosis("clean"), diagnosis("unsure", Degradation.RAIN, 0.4)])
+def test_auto_leaves_alone_what_is_not_surely_degraded(restorer, verdict, photograph, found):
+    verdict(found)
+    done = restorer.restore(photograph)
+    assert done.steps == () and np.array_equal(done.image, photograph)
+    assert done.image is not photograph
+    assert "left as it is" in done.summary
+
+
+def test_auto_restores_what_was_found(restorer, verdict, photograph):
+    calls = verdict(diagnosis("degraded", Degradation.HAZE))
+    done = restorer.restore(photograph)
+    assert calls == [1]
+    assert done.steps == (Degradation.HAZE,)
+    assert np.array_equal(done.image, restorer.restore(photograph, "haze").image)
+    assert "haze" in done.summary and "restored" in done.summary
+
+
+def test_a_stack_has_one_verdict(restorer, verdict, photograph):
+    calls = verdict(
+        diagnosis("degraded", Degradation.RAIN),
+        diagnosis("clean"),
+        diagnosis("degraded", Degradation.RAIN),
+    )
+    done = restorer.restore(np.stack([photograph] * 3))
+    assert calls == [3] and done.steps == (Degradation.RAIN,)
+    assert np.array_equal(done.image[0], done.image[1])
+
+
+def test_vote_averages_sigma_of_those_who_agree():
+    noisy = [diagnosis("degraded", Degradation.NOISE_25, sigma=s) for s in (20.0, 30.0)]
+    found = vote([*noisy, diagnosis("clean")])
+    assert found.degradation is Degradation.NOISE_25 and found.sigma == 25.0
+    assert sum(found.probabilities.values()) == pytest.approx(1)
+
+
+def test_a_given_model_is_not_touched(tiny_model):
+    before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
+    Restorer(model=tiny_model).restore(np.zeros((9, 9, 3), np.uint8), "blur")
+    for key, value in tiny_model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_weights_and_model_exclude_each_other(tiny_model):
+    with pytest.raises(ValueError, match="not both"):
+        Restorer("dfpir-compact-1", model=tiny_model)
+
+
+def test_pixels_keep_dtype_and_stay_usable(restorer):
+    pixels = torch.rand(2, 3, 16, 16, dtype=torch.float16)
+    image = restorer.restore_pixels(pixels, "rain").image
+    assert image.dtype == torch.float16 and not image.is_inference()
+
+
+@pytest.mark.parametrize(
+    "tiling", [Tiling(16, 8), Tiling(16, 48, "sampled"), Tiling(128, 0, "sampled")]
+)
+def test_every_tiling_gives_the_image(restorer, photograph, tiling):
+    pixels = torch.from_numpy(photograph[:64, :64]).permute(2, 0, 1)[None].float() / 255
+    whole = restorer.restore_pixels(pixels, "rain").image
+    tiled = restorer.restore_pixels(pixels, "rain", tiling=tiling).image
+    exact = tiling.statistics == "whole" or tiling.size >= 64
+    assert distance(tiled, whole) < (1e-5 if exact else 0.05)
+
+
+def test_strips_are_taken_where_memory_is_short(restorer, monkeypatch, photograph):
+    whole = restorer.restore(photograph, "rain").image
+    rows = []
+    forward = restorer.model.forward
+    monkeypatch.setattr(
+        restorer.model, "forward", lambda *a, **k: rows.append(k["rows"]) or forward(*a, **k)
+    )
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    strips = restorer.restore(photograph, "rain").image
+    assert np.abs(strips.astype(int) - whole).max() <= 1
+    assert rows == [module.STRIP_ROWS]
+
+
+def test_memory_grows_with_the_image_and_shrinks_by_strips():
+    config = DFPIRConfig.paper()
+    whole = memory_needed(config, (1088, 1920), torch.float32)
+    assert memory_needed(config, (544, 960), torch.float32) < whole / 3
+    assert memory_needed(config, (1088, 1920), torch.bfloat16) == whole // 2
+    assert memory_needed(config, (1088, 1920), torch.float32, rows=32) < whole / 3
+
+
+def test_progress_covers_the_stack(restorer):
+    seen = []
+    restorer.restore(
+        np.zeros((2, 16, 16, 3), np.uint8), "rain", on_progress=lambda d, t: seen.append((d, t))
+    )
+    total = seen[0][1]
+    assert [done for done, _ in seen] == list(range(1, total + 1))
+    assert {t for _, t in seen} == {total}
+
+
+def test_cancel(restorer):
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        raise Stop
+
+    with pytest.raises(Stop):
+        restorer.restore(np.zeros((16, 16, 3), np.uint8), "rain", on_progress=stop)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strength": 1.5}, "strength is 1.5"),
+        ({"strength": float("nan")}, "strength is nan"),
+        ({"degradation": "snow"}, "Unknown degradation 'snow'"),
+        ({"degradation": "rain", "mask": np.zeros((3, 3))}, r"Mask has shape \(3, 3\)"),
+        ({"degradation": "rain", "mask": np.full((16, 16), 2)}, "outside 0..1"),
+    ],
+)
+def test_bad_arguments_are_named(restorer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        restorer.restore(np.zeros((16, 16, 3), np.uint8), **arguments)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99"])
+def test_absent_devices_are_named(device):
+    with pytest.raises(ValueError, match=f"'{device}' cannot be used.*'cpu'"):
+        module.choose_device(device)
+
+
+def test_unknown_precision_is_named():
+    with pytest.raises(ValueError, match=r"'int8'.*float32"):
+        module.choose_dtype("int8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_auto_takes_the_accelerator_there_is(monkeypatch, kind):
+    for each in ("cuda", "mps", "xpu"):
+        monkeypatch.setattr(getattr(torch, each), "is_available", lambda each=each: each == kind)
+    assert module.choose_device().type == kind
+
+
+def test_record_can_be_written_down(restorer, photograph):
+    done = restorer.restore(photograph, "rain", strength=0.5)
+    facts = json.loads(json.dumps(done.record.as_dict()))
+    assert facts["steps"] == ["rain"] and facts["strength"] == 0.5
+    assert facts["value_range"] == [0, 255] and len(facts["input_sha256"]) == 64
+    assert facts["diagnosis"]["told"] is True
+
+
+def test_bundled_weights_restore_noise(photograph):
+    noise = np.random.default_rng(0).normal(0, 25, photograph.shape)
+    noisy = np.clip(photograph + noise, 0, 255).astype(np.uint8)
+    done = Restorer(device="cpu").restore(noisy)
+    error = lambda image: np.square(image.astype(float) - photograph).mean()  # noqa: E731
+    assert done.diagnosis.degradation is Degradation.NOISE_25
+    assert error(done.image) < error(noisy) / 4
+    assert done.record.weights == "dfpir-compact-1"
+    assert SMALL_COMPACT.stem == 2

@@ -1,0 +1,106 @@
+"""The degradations do what they are named after, and repeat."""
+
+import pytest
+import torch
+
+from dfpir import synthesis
+from dfpir.degradation import Degradation
+
+
+@pytest.fixture
+def sharp(photograph):
+    pixels = torch.from_numpy(photograph).permute(2, 0, 1)[None].float() / 255
+    return torch.cat([pixels, pixels.flip(-1)])
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def difference(images):
+    """Mean absolute difference between neighbours: how much detail there is."""
+    return float((images[..., 1:] - images[..., :-1]).abs().mean())
+
+
+@pytest.mark.parametrize("kind", Degradation)
+def test_pictures_stay_pictures_and_repeat(sharp, kind):
+    first = synthesis.degrade(sharp, kind, seeded(3))
+    assert first.shape == sharp.shape
+    assert float(first.min()) >= 0 and float(first.max()) <= 1
+    assert torch.equal((first * 255).round() / 255, first)
+    assert torch.equal(first, synthesis.degrade(sharp, kind, seeded(3)))
+    assert not torch.equal(first, synthesis.degrade(sharp, kind, seeded(4)))
+    assert not torch.equal(first, sharp)
+
+
+@pytest.mark.parametrize("sigma", [15.0, 25.0, 50.0])
+def test_noise_has_its_standard_deviation(sigma):
+    grey = torch.full((1, 3, 128, 128), 0.5)
+    noisy = synthesis.gaussian_noise(grey, sigma, seeded())
+    assert float((noisy - grey).std()) * 255 == pytest.approx(sigma, rel=0.02)
+    assert float((noisy - grey).mean()) * 255 == pytest.approx(0, abs=sigma / 50)
+
+
+def test_rain_adds_light_in_streaks(sharp):
+    dark = torch.zeros(1, 3, 128, 128)
+    rainy = synthesis.rain(dark, seeded(1))
+    assert float(rainy.max()) > 0.2
+    along = float((rainy[..., 1:, :] - rainy[..., :-1, :]).abs().mean())
+    assert difference(rainy) > along  # streaks fall
+
+
+def test_haze_brings_colours_nearer_to_its_light(sharp):
+    hazy = synthesis.haze(sharp, seeded(1))
+    assert float(hazy.std()) < float(sharp.std())
+    assert float(hazy.min()) > float(sharp.min())
+
+
+def test_blur_keeps_light_and_removes_detail(sharp):
+    blurred = synthesis.motion_blur(sharp, seeded(2))
+    assert difference(blurred) < 0.9 * difference(sharp)
+    assert float(blurred.mean()) == pytest.approx(float(sharp.mean()), abs=0.05)
+
+
+def test_shake_kernels_sum_to_one_and_are_centred():
+    extent = torch.full((6, 1, 1, 1), 15.0)
+    kernels = synthesis.shake_kernels(6, extent, 31, seeded())
+    assert torch.allclose(kernels.sum(dim=(1, 2)), torch.ones(6))
+    steps = torch.arange(31) - 15.0
+    centre = (kernels.sum(dim=1) * steps).sum(dim=1)
+    assert float(centre.abs().max()) < 0.5
+
+
+def test_low_light_is_dark(sharp):
+    dark = synthesis.low_light(sharp, seeded(1))
+    assert (dark.mean(dim=(1, 2, 3)) < 0.6 * sharp.mean(dim=(1, 2, 3))).all()
+
+
+def test_depth_spans_its_range(sharp):
+    depth = synthesis.scene_depth(sharp, seeded())
+    assert depth.shape == (2, 1, *sharp.shape[2:])
+    assert float(depth.amin()) == 0 and float(depth.amax()) == pytest.approx(1, abs=0.02)
+
+
+def test_noise_pairs_are_half_raw(sharp):
+    pixels = sharp[:1, :, :32, :32].expand(200, -1, -1, -1)
+    noisy, targets, sigmas = synthesis.noise_pairs(pixels, seeded())
+    raw = (targets != pixels).flatten(1).any(dim=1)
+    assert 0.35 < float(raw.float().mean()) < 0.65
+    clipped = noisy[~raw]
+    assert float(clipped.min()) >= 0 and float(clipped.max()) <= 1
+    assert float(noisy[raw].min()) < 0  # not clipped
+    assert float(sigmas.min()) >= 3 and float(sigmas.max()) <= 75
+    assert 0.3 < float((sigmas == 25).float().mean()) * 3 / 0.5 * 0.5 < 0.8
+
+
+def test_training_pairs_name_what_they_did(sharp):
+    pixels = sharp[:1, :, :48, :48].expand(9, -1, -1, -1)
+    kinds = [None, *Degradation, None]
+    inputs, targets, indices, sigmas = synthesis.training_pairs(pixels, kinds, seeded())
+    assert indices[1:8].tolist() == list(range(7))
+    assert sigmas[1:4].tolist() == [15, 25, 50] and sigmas[4:8].tolist() == [0] * 4
+    for number in (0, 8):
+        nearest = Degradation.nearest_noise(float(sigmas[number]))
+        assert int(indices[number]) == nearest.index
+    assert torch.equal(targets[1:8], pixels[1:8])
+    assert all(not torch.equal(a, b) for a, b in zip(inputs, targets, strict=True))

@@ -1,0 +1,147 @@
+"""Training repeats, resumes exactly, and writes weights that load."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import SMALL_COMPACT
+from dfpir import checkpoint, training
+from dfpir.files import write_image
+from dfpir.training import Pictures, Trainer, TrainingSettings
+
+SETTINGS = TrainingSettings(patches=24, batch=4, patch=32, warmup=8, seed=5)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = np.random.default_rng(0)
+
+    def copies():
+        return [generator.integers(0, 256, (80, 72, 3), dtype=np.uint8)]
+
+    held = [("a", copies()[0]), ("micrographs/b", copies()[0])]
+    from pathlib import Path
+
+    return Pictures(
+        [copies() for _ in range(4)],
+        [copies() for _ in range(2)],
+        [(Path(name), array) for name, array in held],
+        [f"{number}.png" for number in range(6)],
+    )
+
+
+def trainer(pictures, folder, **changed):
+    settings = dataclasses.replace(SETTINGS, **changed)
+    state = folder / "run.state"
+    return Trainer(SMALL_COMPACT, settings, pictures, torch.device("cpu"), state)
+
+
+def same(first, second):
+    states = first.average.state_dict(), second.average.state_dict()
+    return all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_runs_repeat(pictures, tmp_path):
+    runs = [trainer(pictures, tmp_path) for _ in range(2)]
+    losses = [[run.train_step() for _ in range(3)] for run in runs]
+    assert losses[0] == losses[1] and same(*runs)
+    assert not same(runs[0], trainer(pictures, tmp_path, seed=6))
+
+
+def test_a_resumed_run_equals_an_unbroken_one(pictures, tmp_path):
+    unbroken = trainer(pictures, tmp_path)
+    unbroken.run(every=100)
+    broken = trainer(pictures, tmp_path)
+    for _ in range(2):
+        broken.train_step()
+    broken.save()
+    resumed = trainer(pictures, tmp_path)
+    resumed.resume()
+    assert resumed.seen == 8
+    resumed.run(every=100)
+    assert resumed.seen == 24 and same(resumed, unbroken)
+    assert resumed.log[-1]["psnr"] == unbroken.log[-1]["psnr"]
+
+
+def test_nothing_to_resume_is_said(pictures, tmp_path):
+    with pytest.raises(ValueError, match="nothing to resume"):
+        trainer(pictures, tmp_path).resume()
+
+
+def test_learning_rate_rises_then_falls():
+    settings = TrainingSettings(patches=1000, batch=10, warmup=100, learning_rate=1.0)
+    rates = [training.learning_rate(settings, seen) for seen in range(0, 1010, 10)]
+    top = rates.index(max(rates))
+    assert 8 <= top <= 11 and rates[top] == pytest.approx(1.0, abs=0.01)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True) and rates[-1] < 0.01
+
+
+def test_patches_keep_their_size_and_vary(pictures):
+    generator = torch.Generator().manual_seed(0)
+    cut = [training.cut(pictures.photographs[0], None, 32, generator) for _ in range(8)]
+    assert all(patch.shape == (3, 32, 32) for patch in cut)
+    assert len({patch.sum().item() for patch in cut}) > 4
+    small = [np.zeros((9, 40, 3), np.uint8)]
+    assert training.cut(small, None, 32, generator).shape == (3, 32, 32)
+
+
+def test_shares_cover_everything():
+    assert sum(training.SHARES.values()) == pytest.approx(1)
+    kinds = training.draw_kinds(2000, torch.Generator().manual_seed(0))
+    for kind, share in training.SHARES.items():
+        assert kinds.count(kind) / 2000 == pytest.approx(share, abs=0.04)
+
+
+def test_balance_weighs_small_errors_more():
+    weights = training.balance(torch.tensor([0.02, 0.2]))
+    assert weights[0] > 3 * weights[1] and float(weights.mean()) == pytest.approx(1)
+
+
+def test_pictures_are_split_by_name(tmp_path):
+    (tmp_path / "micrographs").mkdir()
+    for number in range(50):
+        folder = tmp_path / "micrographs" if number < 18 else tmp_path
+        write_image(folder / f"{number}.png", np.full((64, 64), number, np.uint8))
+    pictures = Pictures.load(tmp_path)
+    assert (len(pictures.photographs), len(pictures.micrographs)) == (8, 2)
+    held = {path.name for path, _ in pictures.validation}
+    assert len(held) == 40 and not held & set(pictures.names)
+    again = Pictures.load(tmp_path)
+    assert [path for path, _ in again.validation] == [path for path, _ in pictures.validation]
+
+
+def test_too_few_pictures_are_refused(tmp_path):
+    write_image(tmp_path / "one.png", np.zeros((64, 64), np.uint8))
+    with pytest.raises(ValueError, match=r"more than 1 pictures.*found 1"):
+        Pictures.load(tmp_path)
+
+
+def test_the_whole_command(tmp_path, monkeypatch, pictures):
+    monkeypatch.setattr(training.DFPIRConfig, "compact", classmethod(lambda cls: SMALL_COMPACT))
+    monkeypatch.setattr(training.Pictures, "load", classmethod(lambda cls, data: pictures))
+    output = tmp_path / "new" / "weights.safetensors"
+    facts = training.train(tmp_path, output, patches=8, batch=4, patch=32, device="cpu")
+    assert facts["patches"] == 8 and set(facts["validation"]) >= {"rain", "noise-25, micrographs"}
+    loaded = checkpoint.load(output)
+    assert loaded.config == SMALL_COMPACT
+    log = json.loads(output.with_suffix(".json").read_text())
+    assert log["files"] == pictures.names and log["log"][-1]["patches"] == 8
+    assert output.with_suffix(".png").stat().st_size > 1000
+    more = training.train(
+        tmp_path, output, patches=12, batch=4, patch=32, device="cpu", resume=True
+    )
+    assert more["patches"] == 12
+    begun = training.train(
+        tmp_path,
+        tmp_path / "b.safetensors",
+        patches=4,
+        batch=4,
+        patch=32,
+        device="cpu",
+        start=output,
+    )
+    assert begun["patches"] == 4
