@@ -129,6 +129,11 @@ def test_saved_weights_come_back(saved):
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
+def test_files_have_the_permissions_of_any_new_file(saved, tmp_path):
+    (tmp_path / "other").touch()
+    assert saved[1].stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_half_precision_halves_the_file(saved, tmp_path):
     model, path = saved
     half = tmp_path / "half.safetensors"

@@ -244,7 +244,10 @@ def save(
     }
     header = {"format": FORMAT, "config": json.dumps(config), **(metadata or {})}
     partial = path.with_name(path.name + ".partial")
+    partial.touch()  # for the permissions of any new file: save_file alone gives the owner's only
+    mode = partial.stat().st_mode
     save_file(tensors, partial, header)
+    partial.chmod(mode)
     partial.replace(path)
 
 
