@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from dfpir.checkpoint import CheckpointError
 from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
+from dfpir.tiling import spread
 
 FORMAT = "dfpir-classifier-1"
 """Value of ``format`` in the metadata of classifier files."""
@@ -181,13 +182,6 @@ def grid(height: int, width: int) -> tuple[int, int]:
     return rows, columns
 
 
-def starts(length: int, size: int, count: int) -> list[int]:
-    """Return `count` evenly spaced starts of crops of `size` within `length`, ends included."""
-    if count == 1:
-        return [(length - size) // 2]
-    return [round(i * (length - size) / (count - 1)) for i in range(count)]
-
-
 def crops(pixels: Tensor) -> Tensor:
     """Return evenly placed crops of each picture at native resolution.
 
@@ -210,8 +204,8 @@ def crops(pixels: Tensor) -> Tensor:
     return torch.stack(
         [
             pixels[..., top : top + high, left : left + wide]
-            for top in starts(height, high, rows)
-            for left in starts(width, wide, columns)
+            for top in spread(height, high, rows)
+            for left in spread(width, wide, columns)
         ],
         dim=1,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -307,13 +307,13 @@ class Restorer:
         )
         assert isinstance(done.image, Tensor)
         image = to_array(done.image, form) if done.steps else array.copy()
-        facts = done.record.as_dict() | {
-            "value_range": form.value_range,
-            "input_sha256": array_hash(array),
-            "notes": form.notes,
-            "steps": done.record.steps,
-        }
-        return Restoration(image, done.diagnosis, done.steps, RestorationRecord(**facts))  # type: ignore[arg-type]
+        record = replace(
+            done.record,
+            value_range=form.value_range,
+            input_sha256=array_hash(array),
+            notes=form.notes,
+        )
+        return Restoration(image, done.diagnosis, done.steps, record)
 
     def restore_pixels(
         self,
