@@ -28,15 +28,15 @@ def test_compact_fits_the_package():
 
 @pytest.mark.parametrize("rows", [None, 1, 3])
 def test_inference_equals_the_definition(model, both, rows):
-    defined = model(pixels(), both).detach()
     with torch.no_grad():
+        defined = model.define(pixels(), both)
         assert_equal(model(pixels(), both, rows=rows), defined)
 
 
 def test_inference_equals_the_definition_in_double(model, both):
     model, x = model.double(), pixels().double()
-    defined = model(x, both).detach()
     with torch.no_grad():
+        defined = model.define(x, both)
         # The sums behind the attention are kept in single precision.
         assert_equal(model(x, both), defined, torch.float32)
 
@@ -76,6 +76,24 @@ def test_every_parameter_learns(model, both):
     model(pixels(16, 16), both).square().mean().backward()
     for name, value in model.named_parameters():
         assert value.grad is not None and value.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_the_definition_and_the_inference_path_learn_alike(model, both, rows):
+    def gradients(restored):
+        model.zero_grad()
+        restored.square().mean().backward()
+        return [value.grad.clone() for value in model.parameters()]
+
+    x = pixels(24, 32)
+    defined = gradients(model.define(x, both))
+    for found, expected in zip(gradients(model(x, both, rows=rows)), defined, strict=True):
+        assert distance(found, expected) <= 1e-3
+
+
+def test_gradients_of_a_black_image_are_finite(model):
+    model(torch.zeros(1, 3, 16, 16), Degradation.RAIN).square().mean().backward()
+    assert all(torch.isfinite(value.grad).all() for value in model.parameters())
 
 
 def test_attention_of_the_whole_image_is_the_image_s_own(tiny_model):

@@ -96,9 +96,29 @@ def test_shares_cover_everything():
         assert kinds.count(kind) / 2000 == pytest.approx(share, abs=0.04)
 
 
-def test_balance_weighs_small_errors_more():
-    weights = training.balance(torch.tensor([0.02, 0.2]))
-    assert weights[0] > 3 * weights[1] and float(weights.mean()) == pytest.approx(1)
+def test_balance_weighs_small_errors_more_and_each_on_its_own():
+    weights = training.balance(torch.tensor([0.02, 0.05, 0.2]))
+    assert weights[0] > 3 * weights[2] and float(weights[1]) == pytest.approx(1)
+    assert torch.equal(weights[:1], training.balance(torch.tensor([0.02])))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_side_by_side_is_one_after_the_other(pictures, tmp_path, monkeypatch, workers):
+    def three_steps(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        run = trainer(pictures, tmp_path, batch=20)
+        assert len(run.replicas) == min(threads, 3)
+        with run.threads() as pool:
+            losses = [run.train_step(pool) for _ in range(3)]
+        return losses, run
+
+    alone, single = three_steps(1)
+    shared, several = three_steps(workers)
+    assert shared == pytest.approx(alone, rel=1e-4)
+    for one, other in zip(single.model.parameters(), several.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+    again, _ = three_steps(workers)
+    assert again == shared
 
 
 def test_pictures_are_split_by_name(tmp_path):

@@ -45,7 +45,7 @@ from dfpir.synthesis import (
     smooth_field,
     uniform,
 )
-from dfpir.training import Pictures, cut, step_generator
+from dfpir.training import Pictures, cut, part_generator
 
 logger = logging.getLogger(__name__)
 
@@ -374,7 +374,7 @@ def draw_batch(
 
     A kind is -1 where the degradation is too faint for the patch to be an example of anything.
     """
-    generator = step_generator(settings.seed, step)
+    generator = part_generator(settings.seed, step, 0)
     size = settings.sizes[whole(0, len(settings.sizes), generator)]
     kinds = torch.multinomial(
         torch.tensor([SHARES[kind] for kind in KINDS]),

@@ -228,8 +228,11 @@ class DGCPM(nn.Module):
         project = self.project.weight.flatten(1)
         expand, bias = self.expand.weight.flatten(1), self.expand.bias
         assert bias is not None and self.project.bias is not None
-        matrix = project @ expand[orders]  # (N, C, C)
-        offset = bias[orders] @ project.T + self.project.bias
+        # Not `expand[orders]`, whose gradient would be summed in any order, differing each time.
+        reordered = expand.index_select(0, orders.flatten()).view(*orders.shape, -1)
+        matrix = project @ reordered  # (N, C, C)
+        offset = bias.index_select(0, orders.flatten()).view_as(orders) @ project.T
+        offset = offset + self.project.bias
         return matrix, offset[:, None, None, :]
 
 
@@ -357,7 +360,7 @@ def blocks_of(level: nn.Module) -> Iterator[TransformerBlock]:
 
 
 class _Run:
-    """One walk through the network without gradients: its attention matrices and its progress."""
+    """One walk through the network: its attention matrices and its progress."""
 
     def __init__(
         self,
@@ -472,8 +475,8 @@ class DFPIR(nn.Module):
     ) -> Tensor:
         """Restore a batch of images.
 
-        Where a gradient is wanted this is the definition in `dfpir.kernels.reference`, operation
-        by operation; otherwise the same function through the passes of `dfpir.kernels`.
+        The function is that of `define`, through the passes of `dfpir.kernels`; it can be
+        differentiated.
 
         Parameters
         ----------
@@ -502,6 +505,17 @@ class DFPIR(nn.Module):
         """
         return self._restore(pixels, degradation, attention, rows, on_progress, shared=False)[0]
 
+    def define(self, pixels: Tensor, degradation: DegradationArgument) -> Tensor:
+        """Restore like `forward`, by the definition in `dfpir.kernels.reference`.
+
+        Plain PyTorch, operation by operation in the paper's order: what tests and benchmarks
+        compare with.
+        """
+        indices = self._indices(degradation, pixels)
+        height, width = pixels.shape[-2:]
+        padded = pad_to_multiple(pixels, self.config.multiple)
+        return self._define(padded, indices)[..., :height, :width]
+
     def measure(
         self, windows: Tensor, degradation: DegradationArgument, *, rows: int | None = None
     ) -> Attention:
@@ -526,8 +540,6 @@ class DFPIR(nn.Module):
         indices = self._indices(degradation, pixels)
         height, width = pixels.shape[-2:]
         padded = pad_to_multiple(pixels, self.config.multiple)
-        if torch.is_grad_enabled() and any(value.requires_grad for value in self.parameters()):
-            return self._define(padded, indices)[..., :height, :width], ()
         total = self.steps(padded.shape[-2], rows, measured=attention is None)
         run = _Run(attention, shared, rows, on_progress, total)
         restored = self._infer(padded, indices, run)[..., :height, :width]

@@ -83,7 +83,7 @@ def rain(pixels: Tensor, generator: Generator) -> Tensor:
         drops = (drops < density) * brightness
         kernels = line_kernels(
             log_uniform(count, 8, 44, generator),
-            log_uniform(count, 0.35, 1.2, generator),
+            log_uniform(count, 0.3, 1.0, generator),
             direction + uniform(count, -0.06, 0.06, generator),
             size,
         )
@@ -92,10 +92,11 @@ def rain(pixels: Tensor, generator: Generator) -> Tensor:
         streaks = streaks + opacity * drawn.clamp(max=1.2)
     veil = (uniform(count, -0.15, 0.15, generator)).clamp(min=0)
     tint = uniform(count, 0.85, 1.0, generator)
-    streaks, veil, tint = (value.to(pixels.device) for value in (streaks, veil, tint))
+    # From adding light only to also covering what lies behind.
+    cover = uniform(count, 0.0, 0.4, generator)
+    streaks, veil, tint, cover = (value.to(pixels.device) for value in (streaks, veil, tint, cover))
     veiled = pixels * (1 - veil) + 0.7 * veil
-    # Half-way between adding light and covering what lies behind.
-    return quantised(veiled + streaks * (tint - 0.3 * veiled))
+    return quantised(veiled + streaks * (tint - cover * veiled))
 
 
 def smooth_field(count: int, height: int, width: int, cells: int, generator: Generator) -> Tensor:
@@ -177,32 +178,51 @@ def shake_kernels(count: int, extent: Tensor, size: int, generator: Generator) -
 
 
 def motion_blur(pixels: Tensor, generator: Generator) -> Tensor:
-    """Blur along the path of an unsteady hand, in linear light, with a little sensor noise."""
-    count = len(pixels)
-    extent = uniform(count, 3, 24, generator)
-    kernels = shake_kernels(count, extent, 31, generator).to(pixels.device)
-    border = "reflect" if min(pixels.shape[-2:]) > 15 else "replicate"
-    blurred = filter2d(rgb_to_linear_rgb(pixels), kernels, border_type=border)
+    """Blur along the path of an unsteady hand, in linear light, with a little sensor noise.
+
+    In half of the images a second path, softly bounded, stands for something that moves otherwise.
+    """
+    count, _, height, width = pixels.shape
+    light = rgb_to_linear_rgb(pixels)
+    border = "reflect" if min(height, width) > 15 else "replicate"
+    moved = []
+    for _ in range(2):
+        extent = uniform(count, 2, 24, generator)
+        kernels = shake_kernels(count, extent, 31, generator).to(pixels.device)
+        moved.append(filter2d(light, kernels, border_type=border))
+    several = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+    region = torch.sigmoid(20 * (smooth_field(count, height, width, 3, generator) - 0.5)) * several
+    blurred = torch.lerp(moved[0], moved[1], region.to(pixels.device))
     sigma = uniform(count, -1.0, 2.0, generator).clamp(min=0)
     blurred = linear_rgb_to_rgb(blurred.clamp(0, 1))
     return quantised(gaussian_noise(blurred, sigma, generator))
 
 
 def low_light(pixels: Tensor, generator: Generator) -> Tensor:
-    """Expose too little: less light, shifted white balance, shot and read noise, gamma, 8 bits."""
+    """Expose too little: less light, shifted white balance and black, sensor noise, gamma, 8 bits.
+
+    In most images the noise is shot and read noise, in half of those smeared over neighbouring
+    pixels, as the interpolation of colours and a camera's own denoising leave it.
+    """
     count = len(pixels)
-    exposure = log_uniform(count, 0.0025, 0.2, generator)
-    balance = 1 + 0.2 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
-    noisy = (torch.rand(count, 1, 1, 1, generator=generator) < 0.7).float()
-    shot = noisy * uniform(count, 0, 2.5e-4, generator)
-    read = noisy * uniform(count, 0, 8e-4, generator)
-    contrast = uniform(count, 0.85, 1.2, generator)
-    gain, shot, read, contrast = (
-        value.to(pixels.device) for value in (exposure * balance, shot, read, contrast)
+    exposure = log_uniform(count, 0.006, 0.2, generator)
+    balance = 1 + 0.24 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
+    black = 0.001 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
+    noisy = (torch.rand(count, 1, 1, 1, generator=generator) < 0.8).float()
+    smeared = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+    shot = noisy * log_uniform(count, 1e-6, 4e-4, generator)
+    read = noisy * log_uniform(count, 1e-4, 2e-3, generator)
+    contrast = uniform(count, 0.8, 1.25, generator)
+    gain, black, smeared, shot, read, contrast = (
+        value.to(pixels.device)
+        for value in (exposure * balance, black, smeared, shot, read, contrast)
     )
     photons = rgb_to_linear_rgb(pixels) * gain
     deviation = (shot * photons + read**2).sqrt()
-    sensed = photons + deviation * normal_like(pixels, generator)
+    noise = deviation * normal_like(pixels, generator)
+    # The blur takes a factor of about 2.8 from white noise.
+    noise = torch.where(smeared, 2 * gaussian_blur2d(noise, (5, 5), (0.8, 0.8)), noise)
+    sensed = photons + black + noise
     return quantised(linear_rgb_to_rgb(sensed.clamp(0, 1)) ** contrast)
 
 

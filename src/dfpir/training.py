@@ -2,15 +2,21 @@
 
 Runs repeat: the random numbers of a step depend on the seed and the step alone, so that a run
 that was stopped and resumed sees the same pictures as one that was not.
+
+On processors every core works on a share of each batch, with one thread of its own: shared within
+every operation, the cores would spend much of their time waiting for each other.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import math
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -42,10 +48,13 @@ SHARES: dict[Degradation | None, float] = {
     None: 0.46,  # noise of any strength
     Degradation.RAIN: 0.16,
     Degradation.HAZE: 0.12,
-    Degradation.BLUR: 0.09,
-    Degradation.LOW_LIGHT: 0.17,
+    Degradation.BLUR: 0.11,
+    Degradation.LOW_LIGHT: 0.15,
 }
 """Fraction of the patches that each degradation gets."""
+
+PART = 8
+"""Patches that are drawn together, from random numbers of their own; a batch is one or more."""
 
 GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
 """Degradations judged from the whole scene: their patches are also cut from smaller copies."""
@@ -182,17 +191,17 @@ def draw_kinds(count: int, generator: Generator) -> list[Degradation | None]:
     return [kinds[i] for i in drawn.tolist()]
 
 
-def step_generator(seed: int, step: int) -> Generator:
-    """Return the source of all random numbers of one step."""
-    return Generator().manual_seed((seed << 32) + step)
+def part_generator(seed: int, step: int, part: int) -> Generator:
+    """Return the source of all random numbers of one part of one step."""
+    return Generator().manual_seed((seed << 40) + (step << 8) + part)
 
 
-def draw_batch(
-    pictures: Pictures, settings: TrainingSettings, step: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return inputs, targets, degradation indices and sigmas of one step, on `device`."""
-    generator = step_generator(settings.seed, step)
-    kinds = draw_kinds(settings.batch, generator)
+def draw_part(
+    pictures: Pictures, settings: TrainingSettings, step: int, part: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs, targets and degradation indices of one part of a step, on `device`."""
+    generator = part_generator(settings.seed, step, part)
+    kinds = draw_kinds(min(PART, settings.batch - part * PART), generator)
     patches = []
     for kind in kinds:
         # Micrographs have no rain, haze or darkness to learn from.
@@ -205,7 +214,7 @@ def draw_batch(
         copies = pool[int(torch.randint(len(pool), (), generator=generator))]
         patches.append(cut(copies, kind, settings.patch, generator))
     pixels = torch.stack(patches).to(device).float() / 255
-    return training_pairs(pixels, kinds, generator)
+    return training_pairs(pixels, kinds, generator)[:3]
 
 
 def learning_rate(settings: TrainingSettings, seen: int) -> float:
@@ -281,10 +290,19 @@ def balance(errors: Tensor) -> Tensor:
     """Weight each image's error so that a percent less of it counts the same in every task.
 
     The error left in haze and low light is several times that left in noise, and its sign hardly
-    changes over an image: unweighted, those two would decide most of every step.
+    changes over an image: unweighted, those two would decide most of every step. An error of 0.05
+    has a weight of 1, whatever else is in the batch.
     """
-    weights = 1 / (errors.detach() + 0.03)
-    return weights / weights.mean()
+    return 0.08 / (errors.detach() + 0.03)
+
+
+def sharing(model: DFPIR) -> DFPIR:
+    """Return a network with the very same values as `model` and gradients of its own."""
+    replica = copy.deepcopy(model)
+    state = model.state_dict()
+    for name, value in [*replica.named_parameters(), *replica.named_buffers()]:
+        value.data = state[name]
+    return replica
 
 
 class Trainer:
@@ -323,6 +341,10 @@ class Trainer:
             betas=(0.9, 0.99),
             fused=True,
         )
+        parts = math.ceil(settings.batch / PART)
+        workers = min(torch.get_num_threads(), parts) if device.type == "cpu" else 1
+        self.replicas = [self.model, *(sharing(self.model) for _ in range(workers - 1))]
+        self.shares = [range(parts)[worker::workers] for worker in range(workers)]
         self.step = 0
         self.seconds = 0.0
         self.log: list[dict[str, Any]] = []
@@ -390,20 +412,35 @@ class Trainer:
         self.model.load_state_dict(model.state_dict())
         self.average.load_state_dict(model.state_dict())
 
-    def train_step(self) -> float:
-        """Take one step and return its loss, the mean absolute error."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.seen)
-        inputs, targets, indices, _ = draw_batch(
-            self.pictures, self.settings, self.step, self.device
-        )
+    def learn(self, model: DFPIR, parts: Sequence[int]) -> Tensor:
+        """Add the gradient of some parts of a step to that of `model`, and return their errors."""
+        drawn = [
+            draw_part(self.pictures, self.settings, self.step, part, self.device) for part in parts
+        ]
+        inputs, targets, indices = (torch.cat(each) for each in zip(*drawn, strict=True))
         half = {"cpu": fast_bfloat16(), "cuda": True}.get(self.device.type, False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            restored = self.model(inputs, indices)
-        errors = (restored.float() - targets).abs().mean(dim=(1, 2, 3))
-        loss = (errors * balance(errors)).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+            restored = model(inputs, indices)
+        errors: Tensor = (restored.float() - targets).abs().mean(dim=(1, 2, 3))
+        loss = (errors * balance(errors)).sum() / self.settings.batch
+        loss.backward()  # type: ignore[no-untyped-call]
+        return errors.detach()
+
+    def train_step(self, pool: ThreadPoolExecutor | None = None) -> float:
+        """Take one step and return its loss, the mean absolute error.
+
+        With a pool of threads the replicas work side by side.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, self.seen)
+        for model in self.replicas:
+            model.zero_grad(set_to_none=True)
+        work = map if pool is None else pool.map
+        errors = torch.cat(list(work(self.learn, self.replicas, self.shares)))
+        for model in self.replicas[1:]:
+            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+                assert mine.grad is not None and theirs.grad is not None
+                mine.grad += theirs.grad
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         # A short memory at first, so that the random start is soon forgotten.
@@ -413,17 +450,26 @@ class Trainer:
             current: list[Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(averaged, current, 1 - decay)
         self.step += 1
-        return float(errors.detach().mean())
+        return float(errors.mean())
+
+    def threads(self) -> ThreadPoolExecutor:
+        """Return one thread for each replica, none of which starts further ones."""
+        if len(self.replicas) == 1:
+            return ThreadPoolExecutor(1)
+        return ThreadPoolExecutor(len(self.replicas), initializer=lambda: torch.set_num_threads(1))
 
     def run(self, *, every: int = 10_000, save_seconds: float = 180.0) -> None:
         """Train to the end of the settings' patches, validating after each `every` patches."""
         losses: list[float] = []
         started = saved = time.monotonic()
         before = self.seconds
-        with tqdm(total=self.settings.patches, initial=self.seen, unit="patch") as bar:
+        with (
+            tqdm(total=self.settings.patches, initial=self.seen, unit="patch") as bar,
+            self.threads() as pool,
+        ):
             try:
                 while self.seen < self.settings.patches:
-                    losses.append(self.train_step())
+                    losses.append(self.train_step(pool))
                     self.seconds = before + time.monotonic() - started
                     bar.update(self.settings.batch)
                     bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")

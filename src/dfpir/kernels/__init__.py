@@ -1,8 +1,8 @@
 """The operations of a transformer block, and the one place that chooses who computes them.
 
-`reference` is the definition in plain NCHW PyTorch: training runs on it and everything else is
-tested against it. Inference runs on the passes exported here, which today are those of `cpu`, in
-plain PyTorch for every device.
+`reference` is the definition in plain NCHW PyTorch, against which everything else is tested.
+Inference and training run on the passes exported here, which today are those of `cpu`, in plain
+PyTorch for every device.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def attention_matrix(
     Tensor, (N, C, C), of the dtype of `project_out`
     """
     products, query_squares, key_squares = sums
-    norms = query_squares.sqrt().clamp_min(1e-12)[..., :, None]
-    norms = norms * key_squares.sqrt().clamp_min(1e-12)[..., None, :]
+    # Bounded before the root, whose slope at nothing is infinite: a norm is at least 1e-12.
+    query_norms, key_norms = (side.clamp_min(1e-24).sqrt() for side in (query_squares, key_squares))
+    norms = query_norms[..., :, None] * key_norms[..., None, :]
     scores = products / norms * temperature.float()
     if kept is not None:
         scores = keep_largest(scores, kept)

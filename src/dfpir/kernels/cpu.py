@@ -74,6 +74,22 @@ def strips(height: int, rows: int | None) -> Iterator[tuple[int, int]]:
         yield top, min(top + step, height)
 
 
+def by_strips(
+    features: Tensor, rows: int | None, strip: Callable[[int, int], Tensor], advance: Advance
+) -> Tensor:
+    """Return what `strip` makes of rows top..bottom, for all rows of `features`."""
+    height = features.shape[1]
+    if rows is None or rows >= height:
+        result = strip(0, height)
+        advance()
+        return result
+    result = torch.empty_like(features)
+    for top, bottom in strips(height, rows):
+        result[:, top:bottom] = strip(top, bottom)
+        advance()
+    return result
+
+
 def gram(
     features: Tensor,
     projections: Sequence[Projection],
@@ -122,14 +138,14 @@ def attend(
     advance: Advance,
 ) -> Tensor:
     """Return matrix v, plus the features themselves where `skip` is set, (N, H, W, C)."""
-    attended = torch.empty_like(features)
-    for top, bottom in strips(features.shape[1], rows):
+
+    def strip(top: int, bottom: int) -> Tensor:
         mixed = mix(filtered(features, value, top, bottom), matrix)
         if skip:
             mixed += features[:, top:bottom]
-        attended[:, top:bottom] = mixed
-        advance()
-    return attended
+        return mixed
+
+    return by_strips(features, rows, strip, advance)
 
 
 def feed_forward(
@@ -140,11 +156,11 @@ def feed_forward(
     advance: Advance,
 ) -> Tensor:
     """Return features + project_out (GELU(a) * b), a and b being halves of the hidden features."""
-    result = torch.empty_like(features)
-    for top, bottom in strips(features.shape[1], rows):
+
+    def strip(top: int, bottom: int) -> Tensor:
         gate, content = filtered(features, hidden, top, bottom).chunk(2, dim=-1)
         update = F.linear(F.gelu(gate) * content, project_out)
         update += features[:, top:bottom]
-        result[:, top:bottom] = update
-        advance()
-    return result
+        return update
+
+    return by_strips(features, rows, strip, advance)

@@ -1,7 +1,7 @@
 """The definition of every operation, in plain NCHW PyTorch, in the paper's order.
 
-Nothing here is fused, folded or reordered. Training runs on these functions, the faster paths are
-tested against them, and benchmarks take them as the baseline.
+Nothing here is fused, folded or reordered. The faster paths are tested against these functions,
+and benchmarks take them as the baseline.
 
 Shapes: N images, C channels, H rows, W columns; ``heads`` divides C.
 """
