@@ -45,11 +45,11 @@ MICROGRAPHS = "micrographs"
 """Pictures in a folder of this name are fluorescence or stained tissue, not photographs."""
 
 SHARES: dict[Degradation | None, float] = {
-    None: 0.46,  # noise of any strength
-    Degradation.RAIN: 0.16,
+    None: 0.52,  # noise of any strength
+    Degradation.RAIN: 0.13,
     Degradation.HAZE: 0.12,
-    Degradation.BLUR: 0.11,
-    Degradation.LOW_LIGHT: 0.15,
+    Degradation.BLUR: 0.09,
+    Degradation.LOW_LIGHT: 0.14,
 }
 """Fraction of the patches that each degradation gets."""
 
