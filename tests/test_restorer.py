@@ -151,17 +151,32 @@ def test_every_tiling_gives_the_image(restorer, photograph, tiling):
     assert distance(tiled, whole) < (1e-5 if exact else 0.05)
 
 
-def test_strips_are_taken_where_memory_is_short(restorer, monkeypatch, photograph):
-    whole = restorer.restore(photograph, "rain").image
+def test_strips_give_the_whole_image(restorer, monkeypatch, photograph):
     rows = []
     forward = restorer.model.forward
     monkeypatch.setattr(
         restorer.model, "forward", lambda *a, **k: rows.append(k["rows"]) or forward(*a, **k)
     )
-    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(module, "STRIP_PIXELS", 2**20)
+    whole = restorer.restore(photograph, "rain").image
+    monkeypatch.setattr(module, "STRIP_PIXELS", 2**9)
     strips = restorer.restore(photograph, "rain").image
     assert np.abs(strips.astype(int) - whole).max() <= 1
-    assert rows == [module.STRIP_ROWS]
+    assert rows[0] > len(photograph) and rows[1] == module.FEWEST_ROWS
+
+
+def test_strips_on_a_processor_do_not_depend_on_its_memory(restorer, monkeypatch):
+    expected = restorer.strip_rows((4000, 512))
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    assert restorer.strip_rows((4000, 512)) == expected
+    assert restorer.strip_rows((4000, 1024)) == expected // 2
+
+
+@pytest.mark.parametrize("free", [1000, 10**12])
+def test_elsewhere_strips_are_taken_where_memory_is_short(restorer, monkeypatch, free):
+    monkeypatch.setattr(Restorer, "device", torch.device("cuda"))
+    monkeypatch.setattr(module, "free_memory", lambda device: free)
+    assert (restorer.strip_rows((400, 400)) is None) == (free > 1000)
 
 
 def test_memory_grows_with_the_image_and_shrinks_by_strips():

@@ -31,8 +31,12 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-STRIP_ROWS = 32
-"""Height of a strip, at each level's resolution, where a whole image would not fit."""
+STRIP_PIXELS = 2**14
+"""Pixels of a strip at the network's own resolution: what a processor's cache holds best, and a
+step of well under a second, so that progress is seen and a cancelled run ends soon."""
+
+FEWEST_ROWS = 8
+"""Height of the lowest strip; a strip reads two rows more than it writes."""
 
 FREE_SHARE = 0.6
 """Fraction of the free memory that a whole image may take."""
@@ -281,7 +285,7 @@ class Restorer:
             `dfpir.pixels.natural_range`. One range holds for the whole stack.
         channel_axis : int, optional
         tiling : Tiling, optional
-            How to work in parts; by default the memory decides, with one answer either way.
+            How to work in parts; by default in strips or at once, with one answer either way.
         on_progress : callable, optional
             ``on_progress(done, total)``; raising from it cancels.
 
@@ -396,15 +400,24 @@ class Restorer:
             else:
                 if tiling is not None:
                     rows: int | None = max(tiling.size // model.config.stem, 1)
-                elif memory_needed(model.config, size, self.dtype) < FREE_SHARE * free_memory(
-                    self.device
-                ):
-                    rows = None
                 else:
-                    rows = STRIP_ROWS
+                    rows = self.strip_rows(size)
                 restored = model(given, degradation, rows=rows, on_progress=on_progress)
         # Out of inference mode, so that callers may go on with an ordinary tensor.
         return restored.clamp(low, high).to(pixels.device, pixels.dtype).clone()
+
+    def strip_rows(self, size: tuple[int, int]) -> int | None:
+        """Return the height of the strips an image (height, width) is worked through in.
+
+        On a processor it depends on the width alone, and so does the last bit of the result. On
+        other devices None, all rows at once, where the memory allows.
+        """
+        config = self.model.config
+        if self.device.type != "cpu":
+            needed = memory_needed(config, size, self.dtype)
+            if needed < FREE_SHARE * free_memory(self.device):
+                return None
+        return max(STRIP_PIXELS * config.stem // size[1], FEWEST_ROWS)
 
     def run_tiles(
         self,
