@@ -49,6 +49,20 @@ def random_model(config, seed=0):
     return model.eval()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thorough",
+        action="store_true",
+        help="more damaged files, kills and repeated restores than a quick run tries",
+    )
+
+
+@pytest.fixture(scope="session")
+def thorough(request):
+    """Whether to try many more cases."""
+    return request.config.getoption("--thorough")
+
+
 @pytest.fixture(params=[SMALL, SMALL_COMPACT], ids=["paper-like", "compact-like"])
 def model(request):
     return random_model(request.param)

@@ -6,7 +6,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,11 +16,9 @@ from dfpir.degradation import CLEAN, Degradation
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from dfpir.folders import Estimate, Job, Outcome
     from dfpir.model import Progress
-    from dfpir.restorer import Restoration, Restorer
+    from dfpir.restorer import Restorer
 
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -111,8 +110,26 @@ def add_restore(commands: Commands) -> None:
         "--compare", action="store_true", help="also write <name>-compare.png, before and after"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    add_recursive(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what an earlier run has done into OUT"
+    )
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="resume, and try again what has failed"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and how long it would take"
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write what became of each file, as JSON"
+    )
     add_device(parser)
     parser.set_defaults(run=run_restore)
+
+
+def add_recursive(parser: argparse.ArgumentParser) -> None:
+    """Add the choice to look into subfolders."""
+    parser.add_argument("--recursive", action="store_true", help="look into subfolders too")
 
 
 def add_classify(commands: Commands) -> None:
@@ -120,6 +137,7 @@ def add_classify(commands: Commands) -> None:
     parser = commands.add_parser("classify", help="say what is wrong with pictures")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="pictures or folders")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    add_recursive(parser)
     parser.set_defaults(run=run_classify)
 
 
@@ -223,47 +241,10 @@ class Bar:
         self.bar.update(done - self.bar.n)
 
 
-def name_outputs(inputs: Sequence[Path], output: Path) -> list[Path]:
-    """Return the output of each input: a file's name for one picture, else names in a folder.
-
-    Raises
-    ------
-    UsageError
-        If several inputs would go to one file.
-    """
-    from dfpir.files import SUPPORTED_SUFFIXES
-
-    names_a_file = output.suffix.lower() in SUPPORTED_SUFFIXES and not output.is_dir()
-    if names_a_file:
-        if len(inputs) > 1:
-            message = (
-                f"{output} names one picture, but there are {len(inputs)} inputs; name a folder"
-            )
-            raise UsageError(message)
-        return [output]
-    named: dict[Path, Path] = {}
-    for path in inputs:
-        target = output / path.name
-        if target in named:
-            message = f"{named[target]} and {path} would both become {target}; restore them apart"
-            raise UsageError(message)
-        named[target] = path
-    return list(named)
-
-
-def each_file(paths: Sequence[Path], work: Callable[[int, Path], None], doing: str) -> int:
-    """Do all files; report the failed ones at the end and by the exit status."""
-    failures = []
-    for number, path in enumerate(paths):
-        try:
-            work(number, path)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = reason if str(path) in reason else f"{path}: {reason}"
-            failures.append(reason)
-            complain(f"failed: {reason}")
-    if failures and len(paths) > 1:
-        complain(f"{len(failures)} of {len(paths)} pictures could not be {doing}:")
+def show_failures(failures: Sequence[str], total: int, doing: str) -> int:
+    """List the files that failed, if there were several files; return the exit status."""
+    if failures and total > 1:
+        complain(f"{len(failures)} of {total} pictures could not be {doing}:")
         for reason in failures:
             complain(f"  {reason}")
     return FAILED if failures else 0
@@ -271,56 +252,83 @@ def each_file(paths: Sequence[Path], work: Callable[[int, Path], None], doing: s
 
 def run_restore(options: argparse.Namespace) -> int:
     """Carry out `dfpir restore`."""
-    import numpy as np
+    from dfpir.folders import PlanError
 
-    from dfpir.files import find_images, read_image, write_image
-    from dfpir.restorer import Restorer
-
-    paths = find_images(options.inputs)
-    outputs = name_outputs(paths, options.output)
-    for path, target in zip(paths, outputs, strict=True):
-        if target.exists() and path.resolve() == target.resolve() and not options.overwrite:
-            message = f"{target} is an input and would be replaced; add --overwrite, or another -o"
-            raise UsageError(message)
-        if target.exists() and not options.overwrite:
-            message = f"{target} exists; add --overwrite to replace it, or name another -o"
-            raise UsageError(message)
-    restorer = Restorer(options.weights, device=options.device)
-
-    def work(number: int, path: Path) -> None:
-        target = outputs[number]
-        picture = read_image(path)
-        for note in picture.notes:
-            complain(f"{path}: {note}")
-        with Bar(path.name) as progress:
-            done = restorer.restore(
-                picture.array,
-                options.degradation,
-                strength=options.strength,
-                on_progress=progress,
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        notes = write_image(
-            target, np.asarray(done.image), picture.metadata, overwrite=options.overwrite
-        )
-        for note in notes:
-            complain(f"{target}: {note}")
-        if options.compare:
-            beside = target.with_name(f"{target.stem}-compare.png")
-            write_image(beside, side_by_side(picture.array, done), overwrite=options.overwrite)
-        say(f"{path} -> {target}: {done.summary}")
-
-    return each_file(paths, work, "restored")
+    try:
+        return restore_pictures(options)
+    except PlanError as error:
+        raise UsageError(str(error)) from error
 
 
-def side_by_side(before: NDArray[np.generic], done: Restoration) -> NDArray[np.generic]:
-    """Return before and after in one picture, with a white gap between."""
-    import numpy as np
+def restore_pictures(options: argparse.Namespace) -> int:
+    """Plan, restore and report; see `dfpir.folders`."""
+    from dfpir import folders
 
-    after = np.asarray(done.image)
-    white = 1.0 if after.dtype.kind == "f" else np.iinfo(after.dtype).max
-    gap = np.full((after.shape[0], 8, *after.shape[2:]), white, after.dtype)
-    return np.concatenate([before, gap, after], axis=1)
+    jobs = folders.plan(options.inputs, options.output, recursive=options.recursive)
+    restorer = load_restorer(options)
+    if options.dry_run:
+        return show_estimate(jobs, folders.estimate(jobs, restorer))
+    single = jobs[0].target == options.output
+    if single and options.resume:
+        message = "--resume needs an output folder, which holds the journal; name a folder with -o"
+        raise UsageError(message)
+    settings = folders.Settings(
+        degradation=options.degradation,
+        strength=options.strength,
+        compare=options.compare,
+        overwrite=options.overwrite,
+        resume=options.resume or options.retry_failed,
+        retry_failed=options.retry_failed,
+    )
+    report, started = folders.Report(), time.monotonic()
+    try:
+        for outcome in folders.restore_files(
+            jobs,
+            restorer,
+            settings,
+            journal=None if single else folders.Journal(options.output),
+            progress_of=lambda job: Bar(job.source.name),
+        ):
+            report.outcomes.append(outcome)
+            show_outcome(outcome)
+    finally:
+        report.seconds = time.monotonic() - started
+        if options.report:
+            text = json.dumps(report.as_dict(), indent=2) + "\n"
+            options.report.write_text(text, encoding="utf-8")
+        left = len(jobs) - len(report.outcomes)
+        if left and len(jobs) > 1:
+            complain(f"{left} of {len(jobs)} pictures are left; go on with --resume.")
+    skipped = sum(outcome.status == "skipped" for outcome in report.outcomes)
+    if skipped:
+        say(f"{skipped} of {len(jobs)} pictures were done before.")
+    return show_failures([each.text for each in report.failed], len(jobs), "restored")
+
+
+def show_outcome(outcome: Outcome) -> None:
+    """Say what became of one file."""
+    for note in outcome.notes:
+        complain(note)
+    if outcome.status == "failed":
+        complain(f"failed: {outcome.text}")
+    elif outcome.status != "skipped":
+        say(f"{outcome.job.source} -> {outcome.job.target}: {outcome.text}")
+
+
+def show_estimate(jobs: Sequence[Job], estimate: Estimate) -> int:
+    """Say what would be done, and what it would take."""
+    for job in jobs:
+        say(f"{job.source} -> {job.target}")
+    for line in estimate.unreadable:
+        complain(f"would fail: {line}")
+    minutes = estimate.seconds / 60
+    lasting = f"{minutes:.0f} min" if minutes >= 2 else f"{estimate.seconds:.0f} s"
+    say(
+        f"{estimate.pictures} pictures, {estimate.megapixels:.1f} megapixels: about {lasting} "
+        f"here if all are restored; the largest takes {estimate.memory / 1e6:,.0f} MB, or less "
+        "in strips. Nothing was written."
+    )
+    return FAILED if estimate.unreadable else 0
 
 
 def run_classify(options: argparse.Namespace) -> int:
@@ -329,20 +337,24 @@ def run_classify(options: argparse.Namespace) -> int:
     from dfpir.record import describe
     from dfpir.restorer import classify
 
-    paths = find_images(options.inputs)
-
-    def work(_: int, path: Path) -> None:
-        diagnosis = classify(read_image(path).array)
+    paths = find_images(options.inputs, recursive=options.recursive)
+    failures = []
+    for path in paths:
+        try:
+            diagnosis = classify(read_image(path).array)
+        except ValueError as error:
+            failures.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            complain(f"failed: {failures[-1]}")
+            continue
         if options.json:
             say(json.dumps({"file": str(path), **describe(diagnosis)}))
-            return
+            continue
         ranked = sorted(diagnosis.probabilities.items(), key=lambda item: -item[1])[:3]
         likely = ", ".join(f"{name} {p:.0%}" for name, p in ranked)
         found = diagnosis.degradation.value if diagnosis.degradation else CLEAN
         verdict = f"unsure, perhaps {found}" if diagnosis.verdict == "unsure" else found
         say(f"{path}: {verdict} ({likely})")
-
-    return each_file(paths, work, "diagnosed")
+    return show_failures(failures, len(paths), "diagnosed")
 
 
 def run_weights_list(options: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "ImageFile",
     "ImageFileError",
     "find_images",
+    "image_size",
     "read_image",
     "write_image",
 ]
@@ -135,6 +136,41 @@ def read_image(path: str | os.PathLike[str]) -> ImageFile:
             _refuse("is empty (0 bytes); expected PNG, JPEG, TIFF or WebP; get a fresh copy")
         image = _decoded(data, notes)
     return dataclasses.replace(image, notes=tuple(notes))  # damage is noted at the end
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the height and width of a picture file by its first bytes, without decoding it.
+
+    Parameters
+    ----------
+    path
+        File to look at.
+
+    Returns
+    -------
+    tuple of int
+        In pixels, as stored; EXIF orientation is not applied.
+
+    Raises
+    ------
+    ImageFileError
+        If the file is missing, unreadable or not PNG, JPEG, TIFF or WebP.
+
+    Examples
+    --------
+    >>> image_size("photo.jpg")  # doctest: +SKIP
+    (3000, 4000)
+    """
+    from PIL import Image
+
+    source = Path(path)
+    with _reporting(source, "read", []), source.open("rb") as file:
+        if file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            with _optional("tifffile", "the size of a TIFF").TiffFile(file) as tiff:
+                page = tiff.pages.first
+                return int(page.imagelength), int(page.imagewidth)
+        with Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as image:
+            return image.height, image.width
 
 
 def write_image(

@@ -107,7 +107,8 @@ def find_entry(name: str) -> WeightsEntry:
     Raises
     ------
     WeightsError
-        If there is none; the message lists those there are.
+        If there is none; the message lists those there are. Or if its filename is more than a
+        name, and could lead out of the folders that weights are taken from.
     """
     files = manifest()["files"]
     if name not in files:
@@ -118,6 +119,13 @@ def find_entry(name: str) -> WeightsEntry:
         )
         raise WeightsError(message)
     facts = files[name]
+    filename = str(facts["filename"])
+    if {"/", "\\"} & set(filename) or filename in ("", ".", ".."):
+        message = (
+            f"{manifest_path()}: filename of {name!r} is {filename!r}; expected a bare name. "
+            "Reinstall dfpir."
+        )
+        raise WeightsError(message)
     return WeightsEntry(
         name,
         facts["role"],
