@@ -165,7 +165,9 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
     source = Path(path)
     with _reporting(source, "read", []), source.open("rb") as file:
-        if file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        start = file.read(4)
+        file.seek(0)
+        if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             with _optional("tifffile", "the size of a TIFF").TiffFile(file) as tiff:
                 page = tiff.pages.first
                 return int(page.imagelength), int(page.imagewidth)
