@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,15 @@ from dfpir.kernels import Projection, reference
 
 PERTURBED = 4
 """Places of the network with a DGPB: the three skip connections and the latent."""
+
+HIDDEN_MULTIPLE = 8
+"""Hidden channels are padded with zeros to a multiple of this: aligned memory, same result."""
+
+PIXELS_PER_STEP = 2**17
+"""Pixels of the first level in a step of progress; every pass counts its own."""
+
+CONVOLVED_PIXELS = 2**16
+"""Pixels of a strip in the 3x3 convolutions between levels, whose memory it bounds."""
 
 Attention = tuple[Tensor, ...]
 """The matrix of every block in the order of the forward pass, each (N or 1, C, C)."""
@@ -164,7 +174,61 @@ class GDFN(nn.Module):
         return projected
 
 
-class TransformerBlock(nn.Module):
+Folded = TypeVar("Folded")
+
+
+class _FoldedBlock(NamedTuple):
+    query_key: Projection
+    value: Projection
+    attention_out: Tensor
+    hidden: Projection
+    project_out: Tensor
+
+
+class _FoldedDGPB(NamedTuple):
+    query: Projection
+    key: Projection
+    value: Projection
+    attention_out: Tensor
+    hidden: Projection
+    project_out: Tensor
+    mixing: Tensor
+    offset: Tensor
+
+
+class _Folding(nn.Module):
+    """A block that keeps its folded matrices until a parameter changes or moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: tuple[object, object] | None = None
+
+    def folded(self, fold: Callable[[], Folded]) -> Folded:
+        """Return what `fold` makes of the parameters, kept where no gradient is wanted.
+
+        A change is seen by the parameters' version counters, which writing to ``parameter.data``
+        does not move.
+        """
+        values = list(self.parameters())
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(value.is_inference() for value in values)
+        ):
+            return fold()
+        state = [(id(value), value.data_ptr(), value._version) for value in values]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, fold()
+        kept: Folded = self._kept[1]  # type: ignore[assignment]
+        return kept
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._kept = None  # hosts move models to free a device's memory
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class TransformerBlock(_Folding):
     """x + MDTA(LN x), then x + GDFN(LN x)."""
 
     def __init__(self, channels: int, heads: int, expansion: float) -> None:
@@ -180,16 +244,26 @@ class TransformerBlock(nn.Module):
         result: Tensor = features + self.feed_forward(self.norm2(features))
         return result
 
-    def infer(self, features: Tensor, run: _Run) -> Tensor:
-        """Map (N, H, W, C) to the same shape, through the passes of `dfpir.kernels`."""
+    def infer(self, features: Tensor, run: _Passes) -> Tensor:
+        """Map (N, H, W, C) to the same shape by `dfpir.kernels`; `features` may be overwritten."""
+        folded = self.folded(self.fold)
         attention = self.attention
-        channels = features.shape[-1]
+        matrix = run.matrix(
+            features, [folded.query_key], attention.temperature, folded.attention_out
+        )
+        features = run.attend(features, folded.value, matrix, skip=True)
+        return run.feed_forward(features, folded.hidden, folded.project_out)
+
+    def fold(self) -> _FoldedBlock:
+        """Return the block's matrices with all that folds into them."""
+        channels, attention = self.norm1.weight.shape[0], self.attention
         joint = fold(self.norm1, attention.qkv, attention.depthwise)
-        query_key = Projection(*(part[: 2 * channels] for part in joint[:3]))
-        value = Projection(*(part[2 * channels :] for part in joint[:3]))
-        matrix = run.matrix(features, [query_key], attention.temperature, attention.project_out)
-        features = run.attend(features, value, matrix, skip=True)
-        return run.feed_forward(features, self.norm2, self.feed_forward)
+        return _FoldedBlock(
+            Projection(*(part[: 2 * channels] for part in joint[:3])),
+            Projection(*(part[2 * channels :] for part in joint[:3])),
+            attention.project_out.weight.flatten(1),
+            *fold_feed_forward(self.norm2, self.feed_forward),
+        )
 
 
 class DGCPM(nn.Module):
@@ -266,7 +340,7 @@ class CAAPM(nn.Module):
         return projected
 
 
-class DGPB(nn.Module):
+class DGPB(_Folding):
     """Degradation-guided perturbation block: A = CAAPM(LN DGCPM(x), LN x), then A + GDFN(LN A).
 
     References
@@ -295,32 +369,57 @@ class DGPB(nn.Module):
         result: Tensor = attended + self.feed_forward(self.norm3(attended))
         return result
 
-    def infer(self, features: Tensor, indices: Tensor, run: _Run) -> Tensor:
-        """Map (N, H, W, C) to the same shape, through the passes of `dfpir.kernels`."""
+    def infer(self, features: Tensor, indices: Tensor, run: _Passes) -> Tensor:
+        """Map (N, H, W, C) to the same shape by `dfpir.kernels`; `features` may be overwritten."""
+        folded = self.folded(self.fold)
         attention = self.attention
-        channels = features.shape[-1]
-        mixing, offset = self.perturbation.fold(indices)
-        query = fold(self.norm1, attention.query, attention.query_depthwise)
-        query = query._replace(mixing=mixing, offset=offset)
-        joint = fold(self.norm2, attention.key_value, attention.key_value_depthwise)
-        key = Projection(*(part[:channels] for part in joint[:3]))
-        value = Projection(*(part[channels:] for part in joint[:3]))
+        query = folded.query._replace(
+            mixing=folded.mixing.index_select(0, indices),
+            offset=folded.offset.index_select(0, indices),
+        )
         matrix = run.matrix(
             features,
-            [query, key],
+            [query, folded.key],
             attention.temperature,
-            attention.project_out,
+            folded.attention_out,
             kept=attention.kept,
             scale=attention.scale,
         )
-        attended = run.attend(features, value, matrix, skip=self.skip)
-        return run.feed_forward(attended, self.norm3, self.feed_forward)
+        features = run.attend(features, folded.value, matrix, skip=self.skip)
+        return run.feed_forward(features, folded.hidden, folded.project_out)
+
+    def fold(self) -> _FoldedDGPB:
+        """Return the block's matrices with all that folds into them, for every degradation."""
+        attention = self.attention
+        channels = self.norm2.weight.shape[0]
+        joint = fold(self.norm2, attention.key_value, attention.key_value_depthwise)
+        return _FoldedDGPB(
+            fold(self.norm1, attention.query, attention.query_depthwise),
+            Projection(*(part[:channels] for part in joint[:3])),
+            Projection(*(part[channels:] for part in joint[:3])),
+            attention.project_out.weight.flatten(1),
+            *fold_feed_forward(self.norm3, self.feed_forward),
+            *self.perturbation.fold(torch.arange(len(Degradation), device=joint.weight.device)),
+        )
 
 
 def fold(norm: LayerNorm, project: nn.Conv2d, filters: nn.Conv2d) -> Projection:
     """Fold the affine part of a normalisation into the projection that follows it."""
     weight = project.weight.flatten(1)
     return Projection(weight * norm.weight, weight @ norm.bias, filters.weight)
+
+
+def fold_feed_forward(norm: LayerNorm, network: GDFN) -> tuple[Projection, Tensor]:
+    """Fold a normalisation into a feed-forward network and pad its hidden channels."""
+    folded = fold(norm, network.project_in, network.depthwise)
+    project_out = network.project_out.weight.flatten(1)
+    missing = -project_out.shape[1] % HIDDEN_MULTIPLE
+    if missing:
+        both = (part.view(2, -1, *part.shape[1:]) for part in folded[:3])  # gate and content
+        padded = (F.pad(part, (0, 0) * (part.ndim - 2) + (0, missing)) for part in both)
+        folded = Projection(*(part.flatten(0, 1) for part in padded))
+        project_out = F.pad(project_out, (0, missing))
+    return folded, project_out
 
 
 def to_rows(features: Tensor) -> Tensor:
@@ -331,6 +430,20 @@ def to_rows(features: Tensor) -> Tensor:
 def from_rows(features: Tensor) -> Tensor:
     """(N, H, W, C) to (N, C, H, W) in channels-last memory."""
     return features.permute(0, 3, 1, 2)
+
+
+def unshuffle(rows: Tensor) -> Tensor:
+    """(N, H, W, C) to (N, H/2, W/2, 4C), as `pixel_unshuffle` orders them."""
+    count, height, width, channels = rows.shape
+    parts = rows.reshape(count, height // 2, 2, width // 2, 2, channels)
+    return parts.permute(0, 1, 3, 5, 2, 4).reshape(count, height // 2, width // 2, 4 * channels)
+
+
+def shuffle(rows: Tensor) -> Tensor:
+    """(N, H, W, 4C) to (N, 2H, 2W, C), as `pixel_shuffle` orders them."""
+    count, height, width, channels = rows.shape
+    parts = rows.reshape(count, height, width, channels // 4, 2, 2)
+    return parts.permute(0, 1, 4, 2, 5, 3).reshape(count, 2 * height, 2 * width, channels // 4)
 
 
 def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
@@ -352,6 +465,12 @@ def pad_to_multiple(pixels: Tensor, multiple: int) -> Tensor:
     return pixels
 
 
+def convolution(module: nn.Module) -> nn.Conv2d:
+    """Return a member of a list of convolutions as one."""
+    assert isinstance(module, nn.Conv2d)
+    return module
+
+
 def blocks_of(level: nn.Module) -> Iterator[TransformerBlock]:
     """Yield the transformer blocks of a level."""
     for block in level.children():
@@ -359,36 +478,129 @@ def blocks_of(level: nn.Module) -> Iterator[TransformerBlock]:
         yield block
 
 
-class _Run:
-    """One walk through the network: its attention matrices and its progress."""
+class _Definition:
+    """The parts of the network as `dfpir.kernels.reference` defines them, (N, C, H, W)."""
+
+    def __init__(self, indices: Tensor) -> None:
+        self.indices = indices
+
+    def arrange(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    def transform(self, block: TransformerBlock, features: Tensor) -> Tensor:
+        transformed: Tensor = block(features)
+        return transformed
+
+    def perturb(self, block: DGPB, features: Tensor) -> Tensor:
+        perturbed: Tensor = block(features, self.indices)
+        return perturbed
+
+    def convolve(self, convolution: nn.Conv2d, features: Tensor) -> Tensor:
+        convolved: Tensor = convolution(features)
+        return convolved
+
+    def down(self, convolution: nn.Conv2d, features: Tensor) -> Tensor:
+        return F.pixel_unshuffle(convolution(features), 2)
+
+    def join(self, convolution: nn.Conv2d, features: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([F.pixel_shuffle(convolution(features), 2), skip], dim=1)
+
+    def reduce(self, convolution: nn.Conv2d, features: Tensor) -> Tensor:
+        reduced: Tensor = convolution(features)
+        return reduced
+
+    def picture(self, features: Tensor) -> Tensor:
+        return features
+
+
+class _Passes:
+    """The same parts by the passes of `dfpir.kernels`, (N, H, W, C), with their progress."""
 
     def __init__(
         self,
+        model: DFPIR,
+        indices: Tensor,
         given: Attention | None,
+        *,
         shared: bool,
         rows: int | None,
         on_progress: Progress | None,
-        total: int,
+        size: tuple[int, int],
     ) -> None:
+        self.indices, self.shared, self.rows = indices, shared, rows
         self.given: Iterator[Tensor] | None = None if given is None else iter(given)
-        self.shared = shared
-        self.rows = rows
-        self.on_progress = on_progress
-        self.done, self.total = 0, total
         self.matrices: list[Tensor] = []
+        self.on_progress = on_progress
+        pixels = size[0] * size[1] // model.config.stem**2
+        self.steps_per_pass = max(round(pixels / PIXELS_PER_STEP), 1)
+        self.total = self.steps_per_pass * model.passes(measured=given is None)
+        self.begun = self.done = self.pixels = self.all_pixels = 0
 
-    def advance(self) -> None:
-        """Count one strip."""
-        self.done += 1
-        if self.on_progress is not None:
-            self.on_progress(self.done, self.total)
+    def begin(self, features: Tensor) -> None:
+        """Begin a pass over `features`."""
+        self.begun += 1
+        self.pixels, self.all_pixels = 0, features[..., 0].numel()
+
+    def advance(self, pixels: int) -> None:
+        """Count pixels of this pass, and report the steps that they complete."""
+        self.pixels += pixels
+        before = (self.begun - 1) * self.steps_per_pass
+        reached = before + self.pixels * self.steps_per_pass // self.all_pixels
+        while self.done < reached:
+            self.done += 1
+            if self.on_progress is not None:
+                self.on_progress(self.done, self.total)
+
+    def arrange(self, pixels: Tensor) -> Tensor:
+        return to_rows(pixels)
+
+    def transform(self, block: TransformerBlock, features: Tensor) -> Tensor:
+        return block.infer(features, self)
+
+    def perturb(self, block: DGPB, features: Tensor) -> Tensor:
+        return block.infer(features, self.indices, self)
+
+    def convolve(
+        self,
+        convolution: nn.Conv2d,
+        features: Tensor,
+        rearrange: Callable[[Tensor], Tensor] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve by strips, rearrange each, and put it into its place in the result."""
+        self.begin(features)
+        rows = self.rows
+        if rows is None and features.device.type == "cpu":
+            rows = CONVOLVED_PIXELS // features.shape[2]
+        return kernels.convolve(
+            features, convolution.weight, rearrange, rows=rows, advance=self.advance, out=out
+        )
+
+    def down(self, convolution: nn.Conv2d, features: Tensor) -> Tensor:
+        return self.convolve(convolution, features, unshuffle)
+
+    def join(self, convolution: nn.Conv2d, features: Tensor, skip: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return torch.cat([self.convolve(convolution, features, shuffle), skip], dim=-1)
+        channels = skip.shape[-1]
+        joined = skip.new_empty(*skip.shape[:-1], 2 * channels)
+        joined[..., channels:] = skip
+        del skip  # the largest tensors meet here
+        self.convolve(convolution, features, shuffle, out=joined[..., :channels])
+        return joined
+
+    def reduce(self, convolution: nn.Conv2d, features: Tensor) -> Tensor:
+        return F.linear(features, convolution.weight.flatten(1))
+
+    def picture(self, features: Tensor) -> Tensor:
+        return from_rows(features)
 
     def matrix(
         self,
         features: Tensor,
         projections: Sequence[Projection],
         temperature: Tensor,
-        project_out: nn.Conv2d,
+        project_out: Tensor,
         *,
         kept: int | None = None,
         scale: Tensor | None = None,
@@ -396,27 +608,29 @@ class _Run:
         """Return the next block's attention matrix: the one given, or that of these features."""
         if self.given is not None:
             return next(self.given)
+        self.begin(features)
         heads = temperature.shape[0]
-        sums = kernels.gram(features, projections, heads, self.rows, self.advance)
+        sums = kernels.gram(features, projections, heads, rows=self.rows, advance=self.advance)
         if self.shared:
             products, queries, keys = (each.sum(dim=0, keepdim=True) for each in sums)
             sums = products, queries, keys
-        weight = project_out.weight.flatten(1)
-        matrix = kernels.attention_matrix(sums, temperature, weight, kept=kept, scale=scale)
+        matrix = kernels.attention_matrix(sums, temperature, project_out, kept=kept, scale=scale)
         self.matrices.append(matrix)
         return matrix
 
     def attend(self, features: Tensor, value: Projection, matrix: Tensor, *, skip: bool) -> Tensor:
         """Apply a block's attention matrix to its values."""
+        self.begin(features)
         return kernels.attend(
             features, value, matrix, skip=skip, rows=self.rows, advance=self.advance
         )
 
-    def feed_forward(self, features: Tensor, norm: LayerNorm, network: GDFN) -> Tensor:
+    def feed_forward(self, features: Tensor, hidden: Projection, project_out: Tensor) -> Tensor:
         """Add the feed-forward network of the normalised features to the features."""
-        hidden = fold(norm, network.project_in, network.depthwise)
-        weight = network.project_out.weight.flatten(1)
-        return kernels.feed_forward(features, hidden, weight, self.rows, self.advance)
+        self.begin(features)
+        return kernels.feed_forward(
+            features, hidden, project_out, rows=self.rows, advance=self.advance
+        )
 
 
 class DFPIR(nn.Module):
@@ -488,10 +702,11 @@ class DFPIR(nn.Module):
             Matrices from `measure`; without them they are those of each whole image.
         rows : int, optional
             Height of the strips in which a block's hidden features are computed: less memory, the
-            same answer. By default the image is one strip.
+            same answer. On a CPU they are small anyway, unless a gradient is wanted; elsewhere the
+            image is one strip by default.
         on_progress : callable, optional
-            Called as ``on_progress(done, total)`` after every strip of every pass; raising from it
-            cancels.
+            Called as ``on_progress(done, total)`` several times in every pass, for large images;
+            raising from it cancels.
 
         Returns
         -------
@@ -514,7 +729,7 @@ class DFPIR(nn.Module):
         indices = self._indices(degradation, pixels)
         height, width = pixels.shape[-2:]
         padded = pad_to_multiple(pixels, self.config.multiple)
-        return self._define(padded, indices)[..., :height, :width]
+        return self._walk(padded, _Definition(indices))[..., :height, :width]
 
     def measure(
         self, windows: Tensor, degradation: DegradationArgument, *, rows: int | None = None
@@ -540,9 +755,16 @@ class DFPIR(nn.Module):
         indices = self._indices(degradation, pixels)
         height, width = pixels.shape[-2:]
         padded = pad_to_multiple(pixels, self.config.multiple)
-        total = self.steps(padded.shape[-2], rows, measured=attention is None)
-        run = _Run(attention, shared, rows, on_progress, total)
-        restored = self._infer(padded, indices, run)[..., :height, :width]
+        run = _Passes(
+            self,
+            indices,
+            attention,
+            shared=shared,
+            rows=rows,
+            on_progress=on_progress,
+            size=(padded.shape[-2], padded.shape[-1]),
+        )
+        restored = self._walk(padded, run)[..., :height, :width]
         return restored, tuple(run.matrices)
 
     def _indices(self, degradation: DegradationArgument, pixels: Tensor) -> Tensor:
@@ -573,17 +795,11 @@ class DFPIR(nn.Module):
             raise ValueError(message)
         return degradation
 
-    def steps(self, height: int, rows: int | None, *, measured: bool = True) -> int:
-        """Return how often `forward` reports progress for padded images of this height."""
-        config, total = self.config, 0
-        for depth, count in enumerate(config.blocks):
-            level_height = height // (config.stem * 2**depth)
-            strips = -(-level_height // (rows or level_height))
-            passes = 2 + int(measured)
-            levels = 1 if depth == 3 else 2
-            extra = config.refinement_blocks if depth == 0 else 0
-            total += (levels * count + extra + 1) * passes * strips
-        return total
+    def passes(self, *, measured: bool = True) -> int:
+        """Return how many passes over the pixels `forward` takes."""
+        config = self.config
+        blocks = 2 * sum(config.blocks[:3]) + config.blocks[3] + config.refinement_blocks
+        return (blocks + PERTURBED) * (2 + int(measured)) + len(self.down) + len(self.up) + 2
 
     def perturbation(self, place: int) -> DGPB:
         """Return the DGPB of skip 0, 1 or 2, or of the latent, 3."""
@@ -591,56 +807,34 @@ class DFPIR(nn.Module):
         assert isinstance(block, DGPB)
         return block
 
-    def _define(self, pixels: Tensor, indices: Tensor) -> Tensor:
-        def perturb(depth: int, features: Tensor) -> Tensor:
-            perturbed: Tensor = self.perturbation(depth)(features, indices)
-            return perturbed
-
-        def transform(block: TransformerBlock, features: Tensor) -> Tensor:
-            transformed: Tensor = block(features)
-            return transformed
-
-        return self._walk(pixels, transform, perturb)
-
-    def _infer(self, pixels: Tensor, indices: Tensor, run: _Run) -> Tensor:
-        def perturb(depth: int, features: Tensor) -> Tensor:
-            block = self.perturbation(depth)
-            return from_rows(block.infer(to_rows(features), indices, run))
-
-        def transform(block: TransformerBlock, features: Tensor) -> Tensor:
-            return from_rows(block.infer(to_rows(features), run))
-
-        return self._walk(pixels, transform, perturb)
-
-    def _walk(
-        self,
-        pixels: Tensor,
-        transform: Callable[[TransformerBlock, Tensor], Tensor],
-        perturb: Callable[[int, Tensor], Tensor],
-    ) -> Tensor:
-        """Go down and up the U, whoever computes its blocks."""
+    def _walk(self, pixels: Tensor, way: _Definition | _Passes) -> Tensor:
+        """Go down and up the U, whoever computes its parts."""
         stem = self.config.stem
-        features = F.pixel_unshuffle(pixels, stem) if stem > 1 else pixels
-        features = self.embed(features)
+        features = way.arrange(F.pixel_unshuffle(pixels, stem) if stem > 1 else pixels)
+        features = way.convolve(self.embed, features)
         skips = []
         for level, down in zip(self.encoder, self.down, strict=True):
             for block in blocks_of(level):
-                features = transform(block, features)
+                features = way.transform(block, features)
             skips.append(features)
-            features = F.pixel_unshuffle(down(features), 2)
+            features = way.down(convolution(down), features)
         for block in blocks_of(self.latent):
-            features = transform(block, features)
-        features = perturb(3, features)
+            features = way.transform(block, features)
+        features = way.perturb(self.perturbation(3), features)
         for depth in (2, 1, 0):
-            features = F.pixel_shuffle(self.up[depth](features), 2)
-            features = torch.cat([features, perturb(depth, skips.pop())], dim=1)
+            # No name for the perturbed skip: `join` lets go of it as soon as it can.
+            features = way.join(
+                convolution(self.up[depth]),
+                features,
+                way.perturb(self.perturbation(depth), skips.pop()),
+            )
             if depth > 0:
-                features = self.reduce[depth - 1](features)
+                features = way.reduce(convolution(self.reduce[depth - 1]), features)
             for block in blocks_of(self.decoder[depth]):
-                features = transform(block, features)
+                features = way.transform(block, features)
         for block in blocks_of(self.refinement):
-            features = transform(block, features)
-        correction = self.output(features)
+            features = way.transform(block, features)
+        correction = way.picture(way.convolve(self.output, features))
         if stem > 1:
             correction = F.pixel_shuffle(correction, stem)
         restored: Tensor = pixels + correction

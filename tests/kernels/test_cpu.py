@@ -4,13 +4,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import assert_equal, random_model
+from conftest import SMALL, assert_equal, random_model
 from dfpir import kernels
-from dfpir.kernels import reference
-from dfpir.model import DFPIRConfig, TransformerBlock, fold, from_rows, to_rows
+from dfpir.degradation import Degradation
+from dfpir.kernels import cpu, reference
+from dfpir.model import (
+    DGPB,
+    DFPIRConfig,
+    TransformerBlock,
+    _Passes,
+    fold,
+    from_rows,
+    shuffle,
+    to_rows,
+    unshuffle,
+)
 
 
-def nothing():
+def nothing(pixels):
     pass
 
 
@@ -25,6 +36,34 @@ def block(channels, heads, expansion=2.66):
     for value in made.parameters():
         value.add_(0.1 * torch.randn_like(value))
     return made
+
+
+def passes_over(images, rows):
+    """What a block needs to run on its own."""
+    return _Passes(
+        random_model(SMALL),
+        torch.zeros(len(images), dtype=torch.int64),
+        None,
+        shared=False,
+        rows=rows,
+        on_progress=None,
+        size=images.shape[-2:],
+    )
+
+
+@pytest.fixture(params=["cpu", "generic"])
+def way(request):
+    """The passes without and with gradients."""
+    with torch.set_grad_enabled(request.param == "generic"):
+        assert kernels.passes_for(torch.zeros(1)).__name__.endswith(request.param)
+        yield request.param
+
+
+@pytest.fixture
+def tiles_of_few_pixels(monkeypatch):
+    """Tiles so small that small images have several in each direction."""
+    monkeypatch.setattr(cpu, "TILE_BYTES", 32 * 2**10)
+    monkeypatch.setattr(cpu, "TILE_ROWS", 3)
 
 
 SHAPES = [(8, 1, 7, 5), (16, 2, 1, 1), (48, 1, 33, 17), (96, 2, 9, 4), (32, 8, 6, 11)]
@@ -70,33 +109,82 @@ def test_keep_largest_keeps_a_valid_top_set():
 
 @pytest.mark.parametrize(("channels", "heads", "height", "width"), SHAPES)
 @pytest.mark.parametrize("rows", [None, 1, 4])
-def test_block_equals_its_definition(channels, heads, height, width, rows):
-    from dfpir.model import _Run
-
+def test_block_equals_its_definition(way, channels, heads, height, width, rows):
     made, x = block(channels, heads), features(channels, height, width)
-    run = _Run(None, False, rows, None, 1)
-    assert_equal(from_rows(made.infer(to_rows(x), run)), made(x))
+    expected = made(x)
+    assert_equal(from_rows(made.infer(to_rows(x), passes_over(x, rows))), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 37), (9, 64), (50, 1), (1, 50)])
+def test_tiles_leave_no_trace(tiles_of_few_pixels, height, width):
+    made, x = block(48, 1), features(48, height, width)
+    assert cpu.tile_shape(height, width, 4 * 255, None) != (height, width)
+    with torch.no_grad():
+        expected = made(x)
+        assert_equal(from_rows(made.infer(to_rows(x), passes_over(x, None))), expected)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_perturbation_block_equals_its_definition(way, tiles_of_few_pixels, skip):
+    torch.manual_seed(0)
+    made, x = DGPB(16, 2, 7, 2.66, skip=skip).requires_grad_(False), features(16, 23, 21)
+    for row in made.perturbation.permutations:
+        row.copy_(torch.randperm(len(row)))
+    run = passes_over(x, None)
+    run.indices = torch.tensor([Degradation.HAZE.index, Degradation.NOISE_15.index])
+    expected = made(x, run.indices)
+    assert_equal(from_rows(made.infer(to_rows(x), run.indices, run)), expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
-def test_constant_images_stay_finite(value):
-    from dfpir.model import _Run
-
+def test_constant_images_stay_finite(way, value):
     made, x = block(8, 2), torch.full((1, 8, 6, 5), value)
-    found = from_rows(made.infer(to_rows(x), _Run(None, False, 2, None, 1)))
+    found = from_rows(made.infer(to_rows(x), passes_over(x, 2)))
     assert torch.isfinite(found).all()
     assert_equal(found, made(x))
 
 
-def test_gram_sums_do_not_depend_on_strips():
+def test_gram_sums_do_not_depend_on_strips(way):
     made, x = block(16, 2), to_rows(features(16, 13, 7).double())
     made = made.double()
     joint = fold(made.norm1, made.attention.qkv, made.attention.depthwise)
     part = kernels.Projection(*(each[:32] for each in joint[:3]))
-    whole = kernels.gram(x, [part], 2, None, nothing)
+    whole = kernels.gram(x, [part], 2, rows=None, advance=nothing)
     for rows in (1, 5):
-        for found, expected in zip(kernels.gram(x, [part], 2, rows, nothing), whole, strict=True):
+        strips = kernels.gram(x, [part], 2, rows=rows, advance=nothing)
+        for found, expected in zip(strips, whole, strict=True):
             assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2, 5, 64])
+@pytest.mark.parametrize("rearrange", [None, shuffle, unshuffle])
+def test_convolution_by_strips(rows, rearrange):
+    x, weight = features(4, 10, 6), features(4, 3, 3, batch=8)
+    expected = F.conv2d(x, weight, padding=1)
+    if rearrange is not None:
+        change = F.pixel_shuffle if rearrange is shuffle else F.pixel_unshuffle
+        expected = change(expected, 2)
+    seen = []
+    with torch.no_grad():
+        found = kernels.convolve(to_rows(x), weight, rearrange, rows=rows, advance=seen.append)
+    assert_equal(from_rows(found), expected)
+    assert sum(seen) == 2 * 10 * 6
+
+
+def test_folded_matrices_follow_the_parameters():
+    made, x = block(8, 2), features(8, 5, 6)
+    with torch.no_grad():
+        made.infer(to_rows(x), passes_over(x, None))
+        kept = made._kept
+        made.infer(to_rows(x), passes_over(x, None))
+        assert made._kept is kept
+        made.norm1.weight.mul_(2)
+        assert_equal(from_rows(made.infer(to_rows(x), passes_over(x, None))), made(x))
+        assert made.double()._kept is None
+    made.load_state_dict({key: value + 0.5 for key, value in made.state_dict().items()})
+    with torch.no_grad():
+        found = from_rows(made.infer(to_rows(x.double()), passes_over(x, None)))
+        assert_equal(found, made(x.double()))
 
 
 def test_batch_equals_singles():

@@ -1,15 +1,21 @@
 """The operations of a transformer block, and the one place that chooses who computes them.
 
 `reference` is the definition in plain NCHW PyTorch, against which everything else is tested.
-Inference and training run on the passes exported here, which today are those of `cpu`, in plain
-PyTorch for every device.
+Inference and training run on the passes exported here: on a CPU without gradients those of `cpu`,
+otherwise those of `generic`, in plain PyTorch for every device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
 from torch import Tensor
 
-from dfpir.kernels.cpu import Advance, Projection, attend, feed_forward, gram, mix
+from dfpir.kernels import cpu, generic
+from dfpir.kernels.generic import convolve, mix
+from dfpir.kernels.passes import Advance, Projection
 from dfpir.kernels.reference import keep_largest
 
 __all__ = [
@@ -17,10 +23,86 @@ __all__ = [
     "Projection",
     "attend",
     "attention_matrix",
+    "convolve",
     "feed_forward",
     "gram",
     "mix",
 ]
+
+
+def gram(
+    features: Tensor,
+    projections: Sequence[Projection],
+    heads: int,
+    *,
+    rows: int | None,
+    advance: Advance,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum over all pixels what the attention between channels needs.
+
+    Parameters
+    ----------
+    features : Tensor, (N, H, W, C), contiguous
+    projections : sequence of Projection
+        One of 2C outputs, or one of C for the queries and one of C for the keys.
+    heads : int
+    rows : int, optional
+        Height of a strip at most.
+    advance : Advance
+
+    Returns
+    -------
+    products : Tensor, (N, heads, C/heads, C/heads), float32
+        Queries times transposed keys.
+    query_squares, key_squares : Tensor, (N, heads, C/heads), float32
+    """
+    chosen = passes_for(features)
+    sums: tuple[Tensor, Tensor, Tensor] = chosen.gram(
+        features, projections, heads, rows=rows, advance=advance
+    )
+    return sums
+
+
+def attend(
+    features: Tensor,
+    value: Projection,
+    matrix: Tensor,
+    *,
+    skip: bool,
+    rows: int | None,
+    advance: Advance,
+) -> Tensor:
+    """Return matrix v, plus the features themselves where `skip` is set, (N, H, W, C).
+
+    `matrix` is (N or 1, C, C). The features may be overwritten where no gradient is wanted.
+    """
+    chosen = passes_for(features)
+    attended: Tensor = chosen.attend(features, value, matrix, skip=skip, rows=rows, advance=advance)
+    return attended
+
+
+def feed_forward(
+    features: Tensor,
+    hidden: Projection,
+    project_out: Tensor,
+    *,
+    rows: int | None,
+    advance: Advance,
+) -> Tensor:
+    """Return features + project_out (GELU(a) * b), a and b being halves of the hidden features.
+
+    The features may be overwritten where no gradient is wanted.
+    """
+    chosen = passes_for(features)
+    result: Tensor = chosen.feed_forward(features, hidden, project_out, rows=rows, advance=advance)
+    return result
+
+
+def passes_for(features: Tensor) -> ModuleType:
+    """Return the module whose passes serve these features."""
+    if features.device.type == "cpu" and not torch.is_grad_enabled():
+        return cpu
+    return generic
 
 
 def attention_matrix(

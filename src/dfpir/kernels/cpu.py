@@ -1,129 +1,143 @@
-"""The three passes of a transformer block in channels-last PyTorch, strip by strip of rows.
+"""The passes on a CPU where no gradient is wanted: small tiles, kept in cache, result in place.
 
-Features are (N, H, W, C) and contiguous. Every pass has the same beginning: normalise over
-channels, project with a matrix, filter each channel with 3x3 weights. A strip of rows is read with
-one row more on either side, so that strips of any height give the whole image's answer, while the
-wide hidden features exist for one strip at a time.
-
-The affine part of the normalisation is folded into the projection, the projection after the
-attention into the attention matrix (`dfpir.kernels.attention_matrix`). Both are exact in real
-arithmetic.
+An image is walked in columns of tiles, from top to bottom. The last two projected rows of a tile
+stay where the next one finds them, so that nothing is projected twice but one column of pixels at
+either side of a column of tiles. Everything is the same sum in the same order as for the whole
+image at once, but for the sums of `gram`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dfpir.kernels.passes import Advance, Projection
 from dfpir.kernels.reference import EPSILON
 
-Advance = Callable[[], None]
-"""Called after every strip; may raise to cancel."""
+TILE_BYTES = 2**21
+"""Projected features of a tile: about what the caches of a few cores hold, and work enough for all.
+
+It is the same for any number of cores, so that sums over tiles are the same on every machine."""
+
+TILE_ROWS = 8
+"""Rows of a tile at most. Each tile moves two rows, so that fewer cost more."""
 
 
-class Projection(NamedTuple):
-    """Normalise, project, filter: depthwise(weight normalise(x) + bias, filters).
+def tile_shape(height: int, width: int, bytes_per_pixel: int, rows: int | None) -> tuple[int, int]:
+    """Return rows and columns of the tiles of an image."""
+    pixels = max(TILE_BYTES // bytes_per_pixel, 1)
+    columns = min(max(pixels // TILE_ROWS, 16), width)
+    columns = -(-width // -(-width // columns))  # as many columns of tiles, of equal width
+    tall = min(max(pixels // columns, 1), height)
+    return min(tall, rows or tall), columns
 
-    `weight` is (O, C), `bias` (O,), `filters` (O, 1, 3, 3). Where `mixing` (N, C, C) and `offset`
-    (N, 1, 1, C) are given, x is first replaced by mixing x + offset, a matrix for each image.
+
+Tile = tuple[slice, slice]
+"""Rows and columns of the image."""
+
+
+def filtered_tiles(
+    image: Tensor, projection: Projection, number: int, rows: int | None
+) -> Iterator[tuple[Tile, Tensor]]:
+    """Yield every tile of (H, W, C) and its projected and filtered features, (rows, columns, O).
+
+    Whoever consumes a tile may change the image there before asking for the next one.
     """
-
-    weight: Tensor
-    bias: Tensor
-    filters: Tensor
-    mixing: Tensor | None = None
-    offset: Tensor | None = None
-
-
-def mix(features: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply the channels of every pixel of (N, H, W, C) by a matrix (N or 1, C, C)."""
-    count, height, width, channels = features.shape
-    flat = features.reshape(count, height * width, channels)
-    return torch.matmul(flat, matrix.transpose(1, 2)).view(count, height, width, -1)
-
-
-def filtered(features: Tensor, projection: Projection, top: int, bottom: int) -> Tensor:
-    """Return rows top..bottom of the projected and filtered features, (N, rows, W, O)."""
-    height = features.shape[1]
-    first, last = max(top - 1, 0), min(bottom + 1, height)
-    strip = features[:, first:last]
-    if projection.mixing is not None and projection.offset is not None:
-        strip = mix(strip, projection.mixing) + projection.offset
-    strip = F.layer_norm(strip, strip.shape[-1:], eps=EPSILON)
-    projected = F.linear(strip, projection.weight, projection.bias).permute(0, 3, 1, 2)
-    # Beyond the image the filter sees zeros, not the projection of anything.
-    above, below = int(first == top), int(last == bottom)
-    if above != below:
-        projected = F.pad(projected, (0, 0, above, below))
-        projected = projected.contiguous(memory_format=torch.channels_last)
-        above = 0
-    rows = F.conv2d(
-        projected, projection.filters, padding=(above, 1), groups=projection.filters.shape[0]
-    )
-    return rows.permute(0, 2, 3, 1)
+    height, width, _ = image.shape
+    outputs = projection.weight.shape[0]
+    tall, wide = tile_shape(height, width, outputs * image.element_size(), rows)
+    storage = image.new_empty((tall + 2) * (wide + 2) * outputs)
+    before = None
+    for left in range(0, width, wide):
+        right = min(left + wide, width)
+        # The next column of tiles needs this one's last pixels as they are now.
+        after = image[:, right - 1 : right].clone() if right < width else None
+        column = _Column(image, projection, number, (left, right), before)
+        before = after
+        shape = tall + 2, right - left + 2, outputs
+        window = storage[: shape[0] * shape[1] * outputs].view(shape)
+        window[0] = 0
+        column.project(0, 1, window[1:])
+        for top in range(0, height, tall):
+            bottom = min(top + tall, height)
+            count = bottom - top
+            column.project(top + 1, bottom + 1, window[2:])
+            seen = window[None, : count + 2].permute(0, 3, 1, 2)
+            result = F.conv2d(seen, projection.filters, groups=outputs).permute(0, 2, 3, 1)
+            yield (slice(top, bottom), slice(left, right)), result[0]
+            kept = window[count : count + 2]
+            window[:2] = kept.clone() if count == 1 else kept
 
 
-def strips(height: int, rows: int | None) -> Iterator[tuple[int, int]]:
-    """Cut `height` rows into strips of `rows`, or take them as one."""
-    step = rows or height
-    for top in range(0, height, step):
-        yield top, min(top + step, height)
+class _Column:
+    """One column of tiles: projects its rows, with a pixel more on either side."""
 
+    def __init__(
+        self,
+        image: Tensor,
+        projection: Projection,
+        number: int,
+        sides: tuple[int, int],
+        before: Tensor | None,
+    ) -> None:
+        self.image, self.projection, self.before = image, projection, before
+        self.left, self.right = sides
+        self.mixing = self.offset = None
+        if projection.mixing is not None and projection.offset is not None:
+            self.mixing = projection.mixing[number].t()
+            self.offset = projection.offset[number].flatten()
 
-def by_strips(
-    features: Tensor, rows: int | None, strip: Callable[[int, int], Tensor], advance: Advance
-) -> Tensor:
-    """Return what `strip` makes of rows top..bottom, for all rows of `features`."""
-    height = features.shape[1]
-    if rows is None or rows >= height:
-        result = strip(0, height)
-        advance()
-        return result
-    result = torch.empty_like(features)
-    for top, bottom in strips(height, rows):
-        result[:, top:bottom] = strip(top, bottom)
-        advance()
-    return result
+    def project(self, first: int, last: int, out: Tensor) -> None:
+        """Project rows first..last into `out`; beyond the image the filter is to see zeros."""
+        height, width, channels = self.image.shape
+        if last > height:
+            out[height - first : last - first] = 0
+            last = height
+        if first >= last:
+            return
+        source = self.image.new_zeros(last - first, out.shape[1], channels)
+        end = min(self.right + 1, width)
+        source[:, 1 : 1 + end - self.left] = self.image[first:last, self.left : end]
+        if self.before is not None:
+            source[:, :1] = self.before[first:last]
+        flat = source.view(-1, channels)
+        if self.mixing is not None and self.offset is not None:
+            flat = torch.addmm(self.offset, flat, self.mixing)
+        flat = F.layer_norm(flat, (channels,), eps=EPSILON)
+        out = out[: last - first]
+        weight, bias = self.projection.weight, self.projection.bias
+        torch.addmm(bias, flat, weight.t(), out=out.view(-1, out.shape[-1]))
+        if self.before is None:
+            out[:, 0] = 0
+        if end == self.right:
+            out[:, -1] = 0
 
 
 def gram(
     features: Tensor,
     projections: Sequence[Projection],
     heads: int,
+    *,
     rows: int | None,
     advance: Advance,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over all pixels what the attention between channels needs.
-
-    Parameters
-    ----------
-    features : Tensor, (N, H, W, C)
-    projections : sequence of Projection
-        One of 2C outputs, or one of C for the queries and one of C for the keys.
-
-    Returns
-    -------
-    products : Tensor, (N, heads, C/heads, C/heads), float32
-        Queries times transposed keys.
-    query_squares, key_squares : Tensor, (N, heads, C/heads), float32
-    """
-    count, height, _, channels = features.shape
+    """See `dfpir.kernels.gram`."""
+    count, _, _, channels = features.shape
     each = channels // heads
     products = features.new_zeros(count, heads, each, each, dtype=torch.float32)
     squares = features.new_zeros(count, 2 * channels, dtype=torch.float32)
-    for top, bottom in strips(height, rows):
-        outputs = [filtered(features, projection, top, bottom) for projection in projections]
-        query, key = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
-        query, key = (side.flatten(1, 2).float() for side in (query, key))  # (N, pixels, C)
-        for head in range(heads):
-            part = slice(head * each, (head + 1) * each)
-            products[:, head] += query[..., part].transpose(1, 2) @ key[..., part]
-        squares += torch.cat([query.square().sum(dim=1), key.square().sum(dim=1)], dim=1)
-        advance()
+    for number, image in enumerate(features):
+        sources = [filtered_tiles(image, each, number, rows) for each in projections]
+        for tiles in zip(*sources, strict=True):
+            sides = [values.flatten(0, 1).float() for _, values in tiles]
+            squares[number] += torch.cat([side.square().sum(dim=0) for side in sides])
+            query, key = sides if len(sides) == 2 else sides[0].chunk(2, dim=-1)
+            query, key = (side.unflatten(-1, (heads, each)) for side in (query, key))
+            products[number].baddbmm_(query.permute(1, 2, 0), key.transpose(0, 1))
+            advance(len(query))
     query_squares, key_squares = squares.view(count, 2, heads, each).unbind(dim=1)
     return products, query_squares, key_squares
 
@@ -137,30 +151,32 @@ def attend(
     rows: int | None,
     advance: Advance,
 ) -> Tensor:
-    """Return matrix v, plus the features themselves where `skip` is set, (N, H, W, C)."""
-
-    def strip(top: int, bottom: int) -> Tensor:
-        mixed = mix(filtered(features, value, top, bottom), matrix)
-        if skip:
-            mixed += features[:, top:bottom]
-        return mixed
-
-    return by_strips(features, rows, strip, advance)
+    """See `dfpir.kernels.attend`; the result takes the place of `features`."""
+    matrices = matrix.transpose(1, 2).expand(len(features), -1, -1)
+    for number, image in enumerate(features):
+        for tile, values in filtered_tiles(image, value, number, rows):
+            mixed = torch.mm(values.flatten(0, 1), matrices[number]).view_as(values)
+            target = image[tile]
+            target.add_(mixed) if skip else target.copy_(mixed)
+            advance(mixed.shape[0] * mixed.shape[1])
+    return features
 
 
 def feed_forward(
     features: Tensor,
     hidden: Projection,
     project_out: Tensor,
+    *,
     rows: int | None,
     advance: Advance,
 ) -> Tensor:
-    """Return features + project_out (GELU(a) * b), a and b being halves of the hidden features."""
-
-    def strip(top: int, bottom: int) -> Tensor:
-        gate, content = filtered(features, hidden, top, bottom).chunk(2, dim=-1)
-        update = F.linear(F.gelu(gate) * content, project_out)
-        update += features[:, top:bottom]
-        return update
-
-    return by_strips(features, rows, strip, advance)
+    """See `dfpir.kernels.feed_forward`; the result takes the place of `features`."""
+    for number, image in enumerate(features):
+        for tile, values in filtered_tiles(image, hidden, number, rows):
+            gate, content = values.chunk(2, dim=-1)
+            gated = F.gelu(gate).mul_(content)
+            update = torch.mm(gated.flatten(0, 1), project_out.t())
+            target = image[tile]
+            target.add_(update.view_as(target))
+            advance(len(update))
+    return features
