@@ -38,7 +38,7 @@ def test_restore_writes_the_picture(picture, tmp_path, capsys):
         assert restored.size == given.size and restored.mode == given.mode
         assert restored.info["dpi"] == pytest.approx((200, 200), abs=0.1)
         assert not np.array_equal(np.asarray(restored), np.asarray(given))
-    assert "restored as told: rain streaks" in capsys.readouterr().out
+    assert "rain streaks, as told; restored" in capsys.readouterr().out
 
 
 def test_strength_0_returns_the_same_pixels(picture, tmp_path):

@@ -1,5 +1,6 @@
 """The road from array to array, with small random networks and a classifier of straw."""
 
+import copy
 import json
 
 import numpy as np
@@ -23,6 +24,10 @@ def diagnosis(verdict, degradation=None, probability=0.9, sigma=None):
     return Diagnosis(verdict, degradation, table, sigma)
 
 
+def pixels_of(picture):
+    return torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+
+
 @pytest.fixture
 def restorer(tiny_model):
     return Restorer(model=tiny_model)
@@ -30,14 +35,14 @@ def restorer(tiny_model):
 
 @pytest.fixture
 def verdict(monkeypatch):
-    """Set what the classifier will find."""
+    """Set what the classifier will find in one image after the other."""
 
     def decide(*found):
         calls = []
 
         def classify(_, pixels):
             calls.append(len(pixels))
-            return [found[number % len(found)] for number in range(len(pixels))]
+            return [found[(len(calls) - 1) % len(found)]]
 
         monkeypatch.setattr(module, "classify_with", classify)
         monkeypatch.setattr(module, "bundled_classifier", lambda: None)
@@ -111,8 +116,184 @@ def test_a_stack_has_one_verdict(restorer, verdict, photograph):
         diagnosis("degraded", Degradation.RAIN),
     )
     done = restorer.restore(np.stack([photograph] * 3))
-    assert calls == [3] and done.steps == (Degradation.RAIN,)
+    assert calls == [1, 1, 1] and done.steps == (Degradation.RAIN,)
     assert np.array_equal(done.image[0], done.image[1])
+
+
+def test_each_image_may_have_its_own_verdict(restorer, verdict, photograph):
+    verdict(
+        diagnosis("degraded", Degradation.RAIN),
+        diagnosis("degraded", Degradation.RAIN),
+        diagnosis("clean"),
+        diagnosis("degraded", Degradation.HAZE),
+    )
+    pixels = pixels_of(photograph[:16, :24]).expand(4, -1, -1, -1)
+    done = restorer.restore_pixels(pixels, one_verdict=False)
+    assert done.steps == (Degradation.RAIN, Degradation.HAZE) and len(done.diagnoses) == 4
+    for number, name in ((1, "rain"), (2, "clean"), (3, "haze")):
+        alone = restorer.restore_pixels(pixels[:1], name).image[0]
+        assert torch.equal(done.image[number], alone)
+    assert done.summary.splitlines() == [
+        "images 1-2: rain streaks (90% sure); restored",
+        "image 3: clean (90% sure); left as it is",
+        "image 4: haze (90% sure); restored",
+    ]
+
+
+def test_a_verdict_can_be_handed_on(restorer, photograph):
+    pixels = pixels_of(photograph[:16, :16])
+    for name in ("clean", "unsure"):
+        done = restorer.restore_pixels(pixels, name)
+        assert done.image is pixels and done.summary == f"{name}, as told; left as it is"
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pixels_of_any_channels(restorer, channels):
+    layout = torch.rand(2, 18, 20, channels)  # as hosts with channels last have it
+    image = restorer.restore_pixels(layout.movedim(-1, 1), "haze").image.movedim(1, -1)
+    expected = restorer.restore(layout.numpy(), "haze", value_range=(0, 1)).image
+    assert image.shape == layout.shape and image.is_contiguous()
+    assert np.abs(image.numpy() - expected).max() < 1e-6
+    assert torch.equal(image[..., 3:], layout[..., 3:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 5, 8, 8), "5 channels"),
+        ((0, 3, 8, 8), "nothing to restore"),
+        ((1, 3, 0, 8), "nothing to restore"),
+        ((3, 8, 8), "four axes"),
+    ],
+)
+def test_pixels_that_are_no_images_are_named(restorer, shape, message):
+    with pytest.raises(ValueError, match=message):
+        restorer.restore_pixels(torch.zeros(shape), "rain")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [(torch.full((1, 3, 4, 4), torch.nan), "48 values"), (torch.ones(1, 3, 4, 4).int(), "int32")],
+)
+def test_values_that_are_no_pixels_are_named(restorer, pixels, message):
+    with pytest.raises(ValueError, match=message):
+        restorer.restore_pixels(pixels, "rain")
+
+
+def test_a_mask_of_another_size_is_stretched(restorer, photograph):
+    pixels = pixels_of(photograph[:32, :48])
+    mask = torch.zeros(1, 8, 12)
+    mask[:, :, :6] = 1
+    full = restorer.restore_pixels(pixels, "haze").image
+    image = restorer.restore_pixels(pixels, "haze", mask=mask).image
+    assert torch.equal(image[..., 26:], pixels[..., 26:])
+    assert torch.equal(image[..., :22], full[..., :22])
+
+
+def test_an_empty_mask_is_reported(restorer, photograph):
+    pixels = pixels_of(photograph[:16, :16])
+    done = restorer.restore_pixels(pixels, "haze", mask=torch.zeros(1, 64, 64))
+    assert torch.equal(done.image, pixels) and done.steps == ()
+    assert "mask is empty" in done.report
+
+
+def test_images_are_shown_as_they_are_done(restorer):
+    seen = {}
+    pixels = torch.rand(3, 3, 16, 16)
+    done = restorer.restore_pixels(pixels, "rain", on_image=seen.__setitem__)
+    assert list(seen) == [0, 1, 2]
+    assert all(torch.equal(image, done.image[number]) for number, image in seen.items())
+
+
+def test_judging_can_be_cancelled(restorer, verdict):
+    verdict(diagnosis("clean"))
+    seen = []
+    restorer.restore_pixels(torch.rand(3, 3, 16, 16), on_progress=lambda *call: seen.append(call))
+    assert seen == [(0, 3)] * 3
+
+
+def test_frames_share_attention_when_sampled(restorer, photograph, monkeypatch):
+    measured = []
+    measure = restorer.model.measure
+    monkeypatch.setattr(
+        restorer.model, "measure", lambda w, *a, **k: measured.append(len(w)) or measure(w, *a, **k)
+    )
+    frames = pixels_of(photograph[:48, :48]).repeat(20, 1, 1, 1)
+    tiling = Tiling(64, statistics="sampled")
+    done = restorer.restore_pixels(frames, "haze", tiling=tiling)
+    assert measured == [module.SAMPLED_WINDOWS]
+    assert distance(done.image[7:8], restorer.restore_pixels(frames[:1], "haze").image) < 1e-5
+
+
+class MemoryShort:
+    """Let the network run only in as few rows, or on as few pixels, as a limit allows."""
+
+    def __init__(self, monkeypatch, model, *, rows=0, pixels=0):
+        self.calls = []
+        forward = model.forward
+
+        def limited(images, *arguments, **options):
+            self.calls.append((options.get("rows"), tuple(images.shape[-2:])))
+            low = options.get("rows") is not None and options["rows"] <= rows
+            if low or images.shape[-2] * images.shape[-1] <= pixels:
+                return forward(images, *arguments, **options)
+            message = "CUDA out of memory. Tried to allocate 1.00 EiB"
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(model, "forward", limited)
+
+
+def test_lower_strips_are_tried_when_memory_runs_out(restorer, photograph, monkeypatch, caplog):
+    pixels = pixels_of(photograph[:64, :64])
+    expected = restorer.restore_pixels(pixels, "rain").image
+    short = MemoryShort(monkeypatch, restorer.model, rows=module.FEWEST_ROWS)
+    done = restorer.restore_pixels(pixels, "rain")
+    assert [rows for rows, _ in short.calls][-1] == module.FEWEST_ROWS and len(short.calls) == 2
+    assert distance(done.image, expected) < 1e-5
+    assert done.record.statistics == "whole" and done.record.notes == ()
+    assert "Memory ran out" in caplog.text
+
+
+def test_tiles_are_tried_at_last_and_said_so(restorer, monkeypatch):
+    pixels = torch.rand(1, 3, 600, 100)
+    MemoryShort(monkeypatch, restorer.model, pixels=320 * 100)
+    done = restorer.restore_pixels(pixels, "rain")
+    assert done.record.statistics == "sampled"
+    assert "tiles of 256 pixels" in done.report
+
+
+def test_memory_that_never_suffices_is_an_error(restorer, monkeypatch):
+    MemoryShort(monkeypatch, restorer.model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        restorer.restore_pixels(torch.rand(1, 3, 16, 16), "rain")
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(restorer, monkeypatch):
+    def broken(*_, **__):
+        message = "expected scalar type Float"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(restorer.model, "forward", broken)
+    with pytest.raises(RuntimeError, match="scalar type"):
+        restorer.restore_pixels(torch.rand(1, 3, 16, 16), "rain")
+
+
+def test_overflow_in_half_precision_is_done_again_in_single(tiny_model):
+    with torch.no_grad():
+        tiny_model.embed.weight.mul_(1e4)
+        tiny_model.output.weight.mul_(1e4)
+    pixels = torch.rand(1, 3, 32, 32)
+    half = Restorer(model=copy.deepcopy(tiny_model).to(torch.bfloat16).half())
+    done = half.restore_pixels(pixels, "rain")
+    assert done.image.isfinite().all()
+    assert "float16" in done.report and half.dtype is torch.float16
+
+
+def test_damaged_weights_are_noticed(restorer):
+    with torch.no_grad():
+        restorer.model.output.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        restorer.restore_pixels(torch.rand(1, 3, 16, 16), "rain")
 
 
 def test_vote_averages_sigma_of_those_who_agree():
@@ -144,7 +325,7 @@ def test_pixels_keep_dtype_and_stay_usable(restorer):
     "tiling", [Tiling(16, 8), Tiling(16, 48, "sampled"), Tiling(128, 0, "sampled")]
 )
 def test_every_tiling_gives_the_image(restorer, photograph, tiling):
-    pixels = torch.from_numpy(photograph[:64, :64]).permute(2, 0, 1)[None].float() / 255
+    pixels = pixels_of(photograph[:64, :64])
     whole = restorer.restore_pixels(pixels, "rain").image
     tiled = restorer.restore_pixels(pixels, "rain", tiling=tiling).image
     exact = tiling.statistics == "whole" or tiling.size >= 64

@@ -130,6 +130,17 @@ class Diagnosis:
         return cls("degraded", degradation, {degradation.value: 1.0}, told=True)
 
     @property
+    def words(self) -> str:
+        """What was found, for people, such as ``"rain streaks (97% sure)"``."""
+        name = self.degradation.label if self.degradation else self.verdict
+        if self.told:
+            return f"{name}, as told"
+        if self.degradation and self.degradation.sigma is not None and self.sigma is not None:
+            name = f"Gaussian noise, sigma about {self.sigma:.0f}"
+        doubt = "unsure, perhaps " if self.verdict == "unsure" else ""
+        return f"{doubt}{name} ({self.confidence:.0%} sure)"
+
+    @property
     def confidence(self) -> float:
         """Probability of what the verdict names, all noise levels counted together."""
         if self.degradation is None:

@@ -106,6 +106,54 @@ def check(array: NDArray[Any]) -> None:
         raise PixelError(message)
 
 
+def check_pixels(pixels: Tensor) -> None:
+    """Refuse what is not a batch of images of finite floats.
+
+    Parameters
+    ----------
+    pixels : Tensor, (N, C, H, W)
+        C is 1, 3 or 4.
+
+    Raises
+    ------
+    PixelError
+    """
+    problem = None
+    if pixels.ndim != 4:
+        problem = f"Pixels have shape {tuple(pixels.shape)}; expected four axes: (N, C, H, W)"
+    elif pixels.numel() == 0:
+        count, _, height, width = pixels.shape
+        problem = (
+            f"Found {count} images of {height}x{width} pixels, so nothing to restore; expected at "
+            "least one of 1x1"
+        )
+    elif pixels.shape[1] not in (1, 3, 4):
+        problem = (
+            f"Image has {pixels.shape[1]} channels; DFPIR restores 1 (grey), 3 (RGB) or 4 (RGBA, "
+            "alpha kept). Select channels first"
+        )
+    elif not pixels.is_floating_point():
+        problem = f"Pixels have dtype {pixels.dtype}; expected floats, 0 (black) to 1 (white)"
+    else:  # Image by image, as the batch may fill the memory.
+        bad = sum(image.numel() - int(image.isfinite().sum()) for image in pixels)
+        if bad:
+            problem = f"Image has {bad} values that are NaN or infinite; replace them first"
+    if problem:
+        message = problem + "."
+        raise PixelError(message)
+
+
+def colours_of(image: Tensor) -> Tensor:
+    """Return what the network sees of one image (1, 3 or 4, H, W): its colours, (1, 3, H, W)."""
+    return image[:3].expand(3, -1, -1)[None]
+
+
+def put_colours(image: Tensor, colours: Tensor) -> None:
+    """Undo `colours_of`: write colours (1, 3, H, W) into an image, grey as their mean."""
+    channels = image[:3]
+    channels.copy_(colours[0] if len(channels) == 3 else colours.mean(dim=1))
+
+
 def natural_range(array: NDArray[Any], *, grey: bool) -> ValueRange:
     """Return the values to become 0 and 1 where the caller gives none.
 

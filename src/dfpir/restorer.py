@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from dfpir import weights as weights_module
 from dfpir.classifier import DegradationClassifier, load_classifier
 from dfpir.classifier import classify as classify_with
-from dfpir.degradation import CLEAN, Degradation, Diagnosis
-from dfpir.model import DFPIR, DFPIRConfig, Progress
-from dfpir.pixels import PixelError, ValueRange, to_array, to_pixels
+from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
+from dfpir.memory import first_that_fits
+from dfpir.model import DFPIR, Attention, DFPIRConfig, Progress
+from dfpir.pixels import (
+    PixelError,
+    ValueRange,
+    check_pixels,
+    colours_of,
+    put_colours,
+    to_array,
+    to_pixels,
+)
 from dfpir.record import RestorationRecord, array_hash, describe
 from dfpir.tiling import Tiling, plan, windows
 
@@ -38,11 +50,21 @@ step of well under a second, so that progress is seen and a cancelled run ends s
 FEWEST_ROWS = 8
 """Height of the lowest strip; a strip reads two rows more than it writes."""
 
+TILE_SIZES = (512, 256, 128)
+"""Sizes of tiles, with sampled statistics, where not even the lowest strips fit."""
+
 FREE_SHARE = 0.6
 """Fraction of the free memory that a whole image may take."""
 
 SAMPLED_WINDOWS = 16
 """Windows on which the attention is measured with ``statistics="sampled"``."""
+
+
+LEAVE: tuple[Verdict, ...] = ("clean", "unsure")
+"""Verdicts that callers may hand on from `classify` in the place of a degradation."""
+
+Way: TypeAlias = int | Tiling | None
+"""How to work on an image: in strips of so many rows, in tiles, or at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +76,93 @@ class Restoration:
     image : ndarray or Tensor
         Of the input's shape, dtype and value range.
     diagnosis : Diagnosis
-        What was found, or what the caller named.
+        What was found, by vote if there are several images, or what the caller named.
     steps : tuple of Degradation
         What was restored; empty when the image was left alone.
     record : RestorationRecord
+    diagnoses : tuple of Diagnosis
+        One for each image where each had a verdict of its own; otherwise empty.
     """
 
     image: NDArray[Any] | Tensor
     diagnosis: Diagnosis
     steps: tuple[Degradation, ...]
     record: RestorationRecord
+    diagnoses: tuple[Diagnosis, ...] = ()
 
     @property
     def summary(self) -> str:
-        """One line for people: what was found and what was done."""
-        found = self.diagnosis
-        if found.told and found.degradation:
-            return f"restored as told: {found.degradation.label}"
-        if found.verdict == "clean":
-            return f"clean ({found.confidence:.0%} sure); left as it is"
-        assert found.degradation is not None
-        words = f"{found.degradation.label} ({found.confidence:.0%} sure)"
-        if found.degradation.sigma is not None and found.sigma is not None:
-            words = f"Gaussian noise, sigma about {found.sigma:.0f} ({found.confidence:.0%} sure)"
-        if found.verdict == "unsure":
-            return f"unsure, perhaps {words}; left as it is"
-        return f"{words}; restored" if self.steps else f"{words}; left as it is"
+        """For people: what was found and what was done, a line for each run of images alike."""
+        return summarise(self.diagnoses or (self.diagnosis,), self.steps)
+
+    @property
+    def report(self) -> str:
+        """`summary`, then how it was done and what the user should know of that."""
+        record = self.record
+        how = (
+            f"strength {record.strength:.0%}{', within the mask' if record.masked else ''}; "
+            f"{record.statistics} statistics, {record.dtype} on {record.device}"
+        )
+        return "\n".join([self.summary, *([how] if self.steps else []), *record.notes])
+
+
+def summarise(diagnoses: Sequence[Diagnosis], steps: Sequence[Degradation] | None = None) -> str:
+    """Return a line for people for each run of images that were found to be alike.
+
+    Parameters
+    ----------
+    diagnoses : sequence of Diagnosis
+        One for each image.
+    steps : sequence of Degradation, optional
+        What was restored; without it the lines tell what was found and no more.
+    """
+    if len(diagnoses) == 1:
+        return outcome(diagnoses[0], steps)
+    lines, first = [], 1
+    for _, run in groupby(diagnoses, key=lambda each: (each.verdict, each.degradation)):
+        alike = list(run)
+        last = first + len(alike) - 1
+        place = f"image {first}" if first == last else f"images {first}-{last}"
+        lines.append(f"{place}: {outcome(vote(alike), steps)}")
+        first = last + 1
+    return "\n".join(lines)
+
+
+def outcome(found: Diagnosis, steps: Sequence[Degradation] | None) -> str:
+    """Return what was found and, given what was restored, what came of it."""
+    if steps is None:
+        return found.words
+    acted = found.verdict == "degraded" and found.degradation in steps
+    return f"{found.words}; {'restored' if acted else 'left as it is'}"
+
+
+@dataclass(slots=True)
+class Course:
+    """How the work on a batch goes, for its record.
+
+    Attributes
+    ----------
+    statistics : str
+        See `RestorationRecord`.
+    notes : list of str
+        What the user should know.
+    """
+
+    statistics: str
+    notes: list[str] = field(default_factory=list)
+
+    def remark(self, note: str) -> None:
+        """Note something, once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def fall_back(self, tiling: Tiling) -> None:
+        """Note that an image had to be restored in tiles for want of memory."""
+        self.statistics = tiling.statistics
+        self.remark(
+            f"Memory was short: worked in tiles of {tiling.size} pixels with sampled statistics, "
+            "which come close to the exact result."
+        )
 
 
 def memory_needed(
@@ -114,7 +197,8 @@ def memory_needed(
 def free_memory(device: torch.device) -> int:
     """Return the bytes still free on a device; 4 GiB where that cannot be told."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept  # PyTorch keeps it for our use
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         facts = dict(line.split(":", 1) for line in lines)
@@ -149,6 +233,11 @@ def choose_device(name: str | torch.device = AUTO) -> torch.device:
         message = f"Device {str(name)!r} cannot be used ({reason}); try 'auto' or 'cpu'."
         raise ValueError(message) from None
     return device
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a precision's name, such as ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -251,9 +340,18 @@ class Restorer:
         """The precision of the network."""
         return next(self.model.parameters()).dtype
 
-    def classify_pixels(self, pixels: Tensor) -> list[Diagnosis]:
-        """Diagnose each image of (N, 3, H, W) with values 0..1."""
-        return classify_with(bundled_classifier(), pixels.to("cpu", torch.float32))
+    def classify_pixels(
+        self, pixels: Tensor, *, on_progress: Progress | None = None
+    ) -> list[Diagnosis]:
+        """Diagnose each image of (N, C, H, W) with values about 0..1; C is 1, 3 or 4.
+
+        Raises
+        ------
+        PixelError
+            If these are not such images; see the message.
+        """
+        check_pixels(pixels)
+        return classify_images(pixels, on_progress)
 
     def restore(
         self,
@@ -301,11 +399,19 @@ class Restorer:
         """
         array = np.asarray(array)
         pixels, form = to_pixels(array, channel_axis=channel_axis, value_range=value_range)
+        weight = None if mask is None else torch.from_numpy(np.asarray(mask, dtype=np.float32))
+        if weight is not None and weight.shape[-2:] != pixels.shape[-2:]:
+            height, width = pixels.shape[-2:]
+            message = (
+                f"Mask has shape {tuple(weight.shape)}; expected ({height}, {width}), the image's. "
+                "Resize it first."
+            )
+            raise PixelError(message)
         done = self.restore_pixels(
             pixels,
             degradation,
             strength=strength,
-            mask=None if mask is None else torch.from_numpy(np.asarray(mask, dtype=np.float32)),
+            mask=weight,
             tiling=tiling,
             on_progress=on_progress,
         )
@@ -315,9 +421,9 @@ class Restorer:
             done.record,
             value_range=form.value_range,
             input_sha256=array_hash(array),
-            notes=form.notes,
+            notes=(*form.notes, *done.record.notes),
         )
-        return Restoration(image, done.diagnosis, done.steps, record)
+        return replace(done, image=image, record=record)
 
     def restore_pixels(
         self,
@@ -327,44 +433,73 @@ class Restorer:
         strength: float = 1.0,
         mask: Tensor | None = None,
         tiling: Tiling | None = None,
+        one_verdict: bool = True,
         on_progress: Progress | None = None,
+        on_image: Callable[[int, Tensor], None] | None = None,
     ) -> Restoration:
-        """Restore a batch of images; the middle of `restore`, without its doors.
+        """Restore a batch of images, one at a time; the middle of `restore`, without its doors.
+
+        With sampled statistics and one verdict the attention is measured once, on windows from all
+        over the batch, which is faster and keeps the frames of a video from flickering.
 
         Parameters
         ----------
-        pixels : Tensor, (N, 3, H, W), values about 0..1, any floating dtype and device
-            With "auto" one verdict, found by vote, rules all of them.
-        mask : Tensor, optional
-            (H, W) or (N, H, W), 0..1: where to restore.
+        pixels : Tensor, (N, C, H, W), values about 0..1, any floating dtype and device
+            C is 1 (grey), 3 (RGB) or 4 (RGBA; alpha is carried through).
+        degradation : str or Degradation
+            As for `restore`. "clean" and "unsure", verdicts handed on, leave the images alone.
+        mask : Tensor, (H, W) or (N, H, W), optional
+            0..1: where to restore. It is stretched to the size of the images.
+        one_verdict : bool
+            With "auto": whether one verdict, found by vote, rules all images, or each its own.
+        on_progress : callable, optional
+            ``on_progress(done, total)``; with 0 done after each image that is judged.
+        on_image : callable, optional
+            ``on_image(number, image)`` after each image, with its restored pixels (C, H, W).
 
         Returns
         -------
         Restoration
-            Its image has the shape, dtype and device of `pixels`.
+            Its image has the shape, strides, dtype and device of `pixels`, and is `pixels` itself
+            where nothing was to be done.
 
         Raises
         ------
         ValueError
+            If the pixels or an argument do not fit; see the message.
         """
         if not 0.0 <= strength <= 1.0:
             message = f"strength is {strength}; expected 0 (nothing) to 1 (fully restored)."
             raise ValueError(message)
-        weight = fitted_mask(mask, pixels)
-        if degradation == AUTO:
-            diagnosis = vote(self.classify_pixels(pixels))
-        else:
-            diagnosis = Diagnosis.from_user(Degradation.from_name(degradation))
-        steps: tuple[Degradation, ...] = ()
-        image = pixels
-        if diagnosis.verdict == "degraded" and diagnosis.degradation and strength > 0:
-            steps = (diagnosis.degradation,)
+        check_pixels(pixels)
+        weight = checked_mask(mask, len(pixels))
+        diagnosis, diagnoses = judge(pixels, degradation, one_verdict, on_progress)
+        course = Course(tiling.statistics if tiling else "whole")
+        to_do = [
+            found.degradation if found.verdict == "degraded" and strength > 0 else None
+            for found in diagnoses or (diagnosis,) * len(pixels)
+        ]
+        if any(to_do) and weight is not None and not weight.any():
+            to_do = [None] * len(pixels)
+            course.remark("The mask is empty, so nothing was restored.")
+        steps = tuple(dict.fromkeys(step for step in to_do if step is not None))
+        image, attention = pixels, None
+        if steps:
             image = torch.empty_like(pixels)
-            for number, each in enumerate(torch.split(pixels, 1)):
+            if tiling is not None and tiling.statistics == "sampled" and not diagnoses:
+                attention = self.sample(pixels, steps[0], tiling)
+        for number, step in enumerate(to_do if steps else ()):
+            image[number] = pixels[number]
+            if step is not None:
+                colours = colours_of(pixels[number])
                 progress = portion(on_progress, number, len(pixels))
-                restored = self.run(each, diagnosis.degradation, tiling, progress)
-                blend = strength if weight is None else strength * weight[number]
-                image[number] = torch.lerp(each[0], restored[0], torch.as_tensor(blend).to(each))
+                restored = self.run(colours, step, tiling, progress, attention, course)
+                put_colours(
+                    image[number],
+                    torch.lerp(colours, restored, blend(strength, weight, number, colours)),
+                )
+            if on_image is not None:
+                on_image(number, image[number])
         record = RestorationRecord(
             weights=self.weights,
             weights_sha256=self.weights_sha256,
@@ -372,12 +507,13 @@ class Restorer:
             steps=tuple(step.value for step in steps),
             strength=strength,
             masked=mask is not None,
-            statistics=tiling.statistics if tiling else "whole",
+            statistics=course.statistics,
             value_range=(0.0, 1.0),
             device=str(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=name_of(self.dtype),
+            notes=tuple(course.notes),
         )
-        return Restoration(image, diagnosis, steps, record)
+        return Restoration(image, diagnosis, steps, record, diagnoses)
 
     def run(
         self,
@@ -385,24 +521,50 @@ class Restorer:
         degradation: Degradation,
         tiling: Tiling | None = None,
         on_progress: Progress | None = None,
+        attention: Attention | None = None,
+        course: Course | None = None,
     ) -> Tensor:
         """Apply the network to one image (1, 3, H, W), whole, by strips or by tiles.
 
-        The result has the dtype and device of `pixels` and does not leave the range that 0..1 and
-        the input span.
+        Where memory runs out it is tried again with less: in lower strips, which give the same
+        answer, and at last in tiles with sampled statistics. What overflows in half precision is
+        done again in single.
+
+        Parameters
+        ----------
+        attention : Attention, optional
+            For sampled statistics; measured on this image if not given.
+        course : Course, optional
+            Is told what had to be done otherwise than asked for.
+
+        Returns
+        -------
+        Tensor
+            Of the dtype and device of `pixels`; it does not leave the range that 0..1 and the
+            input span.
+
+        Raises
+        ------
+        ValueError
+            If the network's answer is not finite.
         """
         low, high = min(float(pixels.min()), 0.0), max(float(pixels.max()), 1.0)
-        model, size = self.model, (pixels.shape[-2], pixels.shape[-1])
-        with torch.inference_mode():
-            given = pixels.to(self.device, self.dtype)
-            if tiling is not None and tiling.statistics == "sampled":
-                restored = self.run_tiles(given, degradation, tiling, on_progress)
-            else:
-                if tiling is not None:
-                    rows: int | None = max(tiling.size // model.config.stem, 1)
-                else:
-                    rows = self.strip_rows(size)
-                restored = model(given, degradation, rows=rows, on_progress=on_progress)
+        ways = self.ways((pixels.shape[-2], pixels.shape[-1]), tiling)
+        attempts = [
+            partial(self.run_once, pixels, degradation, way, on_progress, attention) for way in ways
+        ]
+        taken, restored = first_that_fits(attempts, self.device)
+        way = ways[taken]
+        if course is not None and isinstance(way, Tiling) and way != tiling:
+            course.fall_back(way)
+        if not bool(restored.isfinite().all()):
+            if self.dtype is torch.float32 or self.dtype is torch.float64:
+                message = "The network's answer is not finite; its weights may be damaged."
+                raise ValueError(message)
+            if course is not None:
+                course.remark(f"Values overflowed in {name_of(self.dtype)}; restored in float32.")
+            single = Restorer(model=copy.deepcopy(self.model).float())
+            return single.run(pixels, degradation, tiling, on_progress, None, course)
         # Out of inference mode, so that callers may go on with an ordinary tensor.
         return restored.clamp(low, high).to(pixels.device, pixels.dtype).clone()
 
@@ -419,19 +581,64 @@ class Restorer:
                 return None
         return max(STRIP_PIXELS * config.stem // size[1], FEWEST_ROWS)
 
+    def ways(self, size: tuple[int, int], tiling: Tiling | None) -> list[Way]:
+        """Return ways to work on an image (height, width), each with less memory than the last."""
+        if tiling is not None and tiling.statistics == "sampled":
+            smaller = [replace(tiling, size=side) for side in TILE_SIZES if side < tiling.size]
+            return [tiling, *smaller]
+        rows = self.strip_rows(size)
+        if tiling is not None:
+            rows = max(tiling.size // self.model.config.stem, 1)
+        lower = [FEWEST_ROWS] if rows is None or rows > FEWEST_ROWS else []
+        return [rows, *lower, *(Tiling(side, statistics="sampled") for side in TILE_SIZES)]
+
+    def run_once(
+        self,
+        pixels: Tensor,
+        degradation: Degradation,
+        way: Way,
+        on_progress: Progress | None,
+        attention: Attention | None,
+    ) -> Tensor:
+        """Apply the network to one image in one way; the result is on the network's device."""
+        with torch.inference_mode():
+            given = pixels.to(self.device, self.dtype)
+            if not isinstance(way, Tiling):
+                return self.model(given, degradation, rows=way, on_progress=on_progress)  # type: ignore[no-any-return]
+            if attention is None:
+                attention = self.sample(pixels, degradation, way)
+            return self.run_tiles(given, degradation, way, on_progress, attention)
+
+    def sample(self, pixels: Tensor, degradation: Degradation, tiling: Tiling) -> Attention:
+        """Measure the attention on windows from all over a batch (N, C, H, W)."""
+        count, _, height, width = pixels.shape
+
+        def measure(side: int) -> Attention:
+            side = min(side, height, width)
+            places = windows(height, width, side, SAMPLED_WINDOWS)
+            total = max(len(places), min(count, SAMPLED_WINDOWS))
+            crops = []
+            for number in range(total):
+                rows, columns = places[number % len(places)]
+                colours = colours_of(pixels[number * count // total])
+                crops.append(colours[..., rows, columns].to(self.device, self.dtype))
+            strips = self.strip_rows((side * total, side))
+            return self.model.measure(torch.cat(crops), degradation, rows=strips)
+
+        sides = [tiling.size, *(side for side in TILE_SIZES if side < tiling.size)]
+        with torch.inference_mode():
+            return first_that_fits([partial(measure, side) for side in sides], self.device)[1]
+
     def run_tiles(
         self,
         pixels: Tensor,
         degradation: Degradation,
         tiling: Tiling,
         on_progress: Progress | None,
+        attention: Attention,
     ) -> Tensor:
-        """Measure the attention on a sample of windows, then apply it tile by tile."""
+        """Apply the network with the given attention, tile by tile."""
         height, width = pixels.shape[-2:]
-        side = min(tiling.size, height, width)
-        sample = windows(height, width, side, SAMPLED_WINDOWS)
-        cropped = torch.cat([pixels[..., rows, columns] for rows, columns in sample])
-        attention = self.model.measure(cropped, degradation)
         tiles = plan(height, width, tiling, self.model.config.multiple)
         restored = torch.empty_like(pixels)
         for number, tile in enumerate(tiles):
@@ -442,30 +649,6 @@ class Restorer:
             if on_progress is not None:
                 on_progress(number + 1, len(tiles))
         return restored
-
-
-def fitted_mask(mask: Tensor | None, pixels: Tensor) -> Tensor | None:
-    """Return a mask as (N, 1, H, W) weights, having checked it.
-
-    Raises
-    ------
-    PixelError
-        If its shape or values do not fit.
-    """
-    if mask is None:
-        return None
-    weight = mask if mask.ndim == 3 else mask[None]
-    count, _, height, width = pixels.shape
-    if weight.ndim != 3 or weight.shape[1:] != (height, width) or weight.shape[0] not in (1, count):
-        message = (
-            f"Mask has shape {tuple(mask.shape)}; expected ({height}, {width}), the image's, or "
-            f"({count}, {height}, {width}). Resize it first."
-        )
-        raise PixelError(message)
-    if not bool(((weight >= 0) & (weight <= 1)).all()):
-        message = "Mask has values outside 0..1; expected 0 (keep) to 1 (restore). Scale it first."
-        raise PixelError(message)
-    return weight[:, None].expand(count, 1, height, width).to(pixels)
 
 
 def portion(on_progress: Progress | None, number: int, count: int) -> Progress | None:
@@ -480,6 +663,77 @@ def portion(on_progress: Progress | None, number: int, count: int) -> Progress |
 def bundled_classifier() -> DegradationClassifier:
     """Return the classifier that ships in the package."""
     return load_classifier(weights_module.resolve(role="classifier"))
+
+
+def judge(
+    pixels: Tensor,
+    degradation: str | Degradation,
+    one_verdict: bool,
+    on_progress: Progress | None,
+) -> tuple[Diagnosis, tuple[Diagnosis, ...]]:
+    """Return the verdict on a batch and, where each image is to have its own, those."""
+    if degradation == AUTO:
+
+        def alive(_: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(0, total)
+
+        found = classify_images(pixels, alive)
+        return vote(found), () if one_verdict or len(found) == 1 else tuple(found)
+    for verdict in LEAVE:
+        if degradation == verdict:
+            return Diagnosis(verdict, None, {CLEAN: 1.0}, told=True), ()
+    return Diagnosis.from_user(Degradation.from_name(degradation)), ()
+
+
+def classify_images(pixels: Tensor, on_progress: Progress | None = None) -> list[Diagnosis]:
+    """Diagnose each image of (N, C, H, W), one after the other."""
+    found: list[Diagnosis] = []
+    for image in pixels:
+        found += classify_with(bundled_classifier(), colours_of(image).to("cpu", torch.float32))
+        if on_progress is not None:
+            on_progress(len(found), len(pixels))
+    return found
+
+
+def checked_mask(mask: Tensor | None, count: int) -> Tensor | None:
+    """Return a mask for `count` images as (1 or N, H, W), having checked it.
+
+    Raises
+    ------
+    PixelError
+        If its shape or values do not fit.
+    """
+    if mask is None:
+        return None
+    weight = mask[None] if mask.ndim == 2 else mask
+    if weight.ndim != 3 or weight.numel() == 0 or len(weight) not in (1, count):
+        message = (
+            f"Mask has shape {tuple(mask.shape)}; expected (H, W), or (N, H, W) for N={count} "
+            "images. Select or repeat masks first."
+        )
+        raise PixelError(message)
+    if not bool(((weight >= 0) & (weight <= 1)).all()):
+        message = "Mask has values outside 0..1; expected 0 (keep) to 1 (restore). Scale it first."
+        raise PixelError(message)
+    return weight
+
+
+def blend(strength: float, weight: Tensor | None, number: int, image: Tensor) -> Tensor:
+    """Return the share that the restored image number `number` has in the result.
+
+    Parameters
+    ----------
+    weight : Tensor, (1 or N, H, W), optional
+        A mask, which is stretched to the size of the image.
+    image : Tensor, (1, 3, H, W)
+    """
+    if weight is None:
+        return torch.as_tensor(strength).to(image)
+    own = weight[number % len(weight)][None, None].to(image.device, torch.float32)
+    if own.shape[-2:] != image.shape[-2:]:
+        own = F.interpolate(own, size=image.shape[-2:], mode="bilinear")
+    return (strength * own).to(image)
 
 
 @lru_cache(maxsize=2)
@@ -570,4 +824,4 @@ def classify(
         If the image does not fit; see the message.
     """
     pixels, _ = to_pixels(np.asarray(image), channel_axis=channel_axis, value_range=value_range)
-    return vote(classify_with(bundled_classifier(), pixels))
+    return vote(classify_images(pixels))
