@@ -104,7 +104,7 @@ def test_auto_restores_what_was_found(restorer, verdict, photograph):
     calls = verdict(diagnosis("degraded", Degradation.HAZE))
     done = restorer.restore(photograph)
     assert calls == [1]
-    assert done.steps == (Degradation.HAZE,)
+    assert done.steps == (Degradation.HAZE,) and done.diagnosis.name == "haze"
     assert np.array_equal(done.image, restorer.restore(photograph, "haze").image)
     assert "haze" in done.summary and "restored" in done.summary
 
@@ -144,7 +144,8 @@ def test_a_verdict_can_be_handed_on(restorer, photograph):
     pixels = pixels_of(photograph[:16, :16])
     for name in ("clean", "unsure"):
         done = restorer.restore_pixels(pixels, name)
-        assert done.image is pixels and done.summary == f"{name}, as told; left as it is"
+        assert done.image is pixels and done.diagnosis.name == name
+        assert done.summary == f"{name}, as told; left as it is"
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -130,6 +130,13 @@ class Diagnosis:
         return cls("degraded", degradation, {degradation.value: 1.0}, told=True)
 
     @property
+    def name(self) -> str:
+        """What can be handed on to `restore`: the degradation if that is sure, else the verdict."""
+        if self.verdict == "degraded" and self.degradation:
+            return self.degradation.value
+        return self.verdict
+
+    @property
     def words(self) -> str:
         """What was found, for people, such as ``"rain streaks (97% sure)"``."""
         name = self.degradation.label if self.degradation else self.verdict
@@ -152,3 +159,30 @@ class Diagnosis:
             for member in Degradation
             if member.sigma is not None
         )
+
+
+INVENTING = frozenset({Degradation.RAIN, Degradation.HAZE, Degradation.LOW_LIGHT})
+"""Degradations of outdoor photographs; their removal fills in what could not be seen."""
+
+
+def headline(diagnosis: Diagnosis) -> str:
+    """Return a verdict in a few plain words, such as ``"Unsure, perhaps haze (43 %)"``."""
+    sure = f"{diagnosis.confidence * 100:.0f} %"
+    if diagnosis.degradation is None:
+        return f"Clean ({sure} sure): nothing to restore"
+    words = diagnosis.degradation.label
+    if diagnosis.degradation.sigma is not None and diagnosis.sigma is not None:
+        words = f"Gaussian noise, sigma about {diagnosis.sigma:.0f} of 255"
+    if diagnosis.verdict == "unsure":
+        return f"Unsure, perhaps {words} ({sure}): automatic restoration leaves it alone"
+    return f"{words[0].upper()}{words[1:]} ({sure} sure)"
+
+
+def caution(degradation: Degradation, *, rgb: bool) -> str | None:
+    """Return what a user should hear before this restoration of such an image, or None."""
+    if rgb or degradation not in INVENTING:
+        return None
+    return (
+        f"{degradation.label} is a matter of outdoor photographs. On a grey scientific image its "
+        "removal has no physical meaning and changes intensities: for looking only."
+    )

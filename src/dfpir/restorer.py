@@ -350,7 +350,6 @@ class Restorer:
         PixelError
             If these are not such images; see the message.
         """
-        check_pixels(pixels)
         return classify_images(pixels, on_progress)
 
     def restore(
@@ -687,7 +686,8 @@ def judge(
 
 
 def classify_images(pixels: Tensor, on_progress: Progress | None = None) -> list[Diagnosis]:
-    """Diagnose each image of (N, C, H, W), one after the other."""
+    """Diagnose each image of a batch on the processor; see `Restorer.classify_pixels`."""
+    check_pixels(pixels)
     found: list[Diagnosis] = []
     for image in pixels:
         found += classify_with(bundled_classifier(), colours_of(image).to("cpu", torch.float32))
