@@ -268,7 +268,7 @@ def lie(path):
 
 
 REFUSED = {
-    "missing": (lambda path: path.unlink(), "no such classifier file"),
+    "missing": (lambda path: path.unlink(), "no such weights file"),
     "empty": (lambda path: path.write_bytes(b""), "not a safetensors file"),
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "not a safetensors file"),
     "a pickle": (lambda path: torch.save({"a": torch.ones(1)}, path), "not a safetensors file"),

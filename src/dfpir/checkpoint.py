@@ -181,6 +181,25 @@ def config_of(
     )
 
 
+def mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Name the first keys that are missing, left over or of another shape; empty if none is."""
+    shapes = [
+        {key: tuple(value.shape) for key, value in each.items()} for each in (expected, found)
+    ]
+    wanted, given = shapes
+    problems = [
+        *(f"missing {key}" for key in sorted(wanted.keys() - given.keys())),
+        *(f"unexpected {key}" for key in sorted(given.keys() - wanted.keys())),
+        *(
+            f"{key} is {given[key]}, expected {wanted[key]}"
+            for key in sorted(wanted.keys() & given.keys())
+            if wanted[key] != given[key]
+        ),
+    ]
+    more = f"; and {len(problems) - 5} more" * (len(problems) > 5)
+    return "; ".join(problems[:5]) + more
+
+
 def build(config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPIR:
     """Return the network of `config` with exactly the tensors of `state`, in evaluation mode.
 
@@ -191,20 +210,11 @@ def build(config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPIR:
     """
     with torch.device("meta"):
         model = DFPIR(config)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    problems = [
-        *(f"missing {key}" for key in sorted(expected.keys() - found.keys())),
-        *(f"unexpected {key}" for key in sorted(found.keys() - expected.keys())),
-        *(
-            f"{key} is {found[key]}, expected {expected[key]}"
-            for key in sorted(expected.keys() & found.keys())
-            if expected[key] != found[key]
-        ),
-    ]
+    problems = mismatches(model.state_dict(), state)
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
-        message = f"These tensors do not make a DFPIR network: {shown}. Use another weights file."
+        message = (
+            f"These tensors do not make a DFPIR network: {problems}. Use another weights file."
+        )
         raise CheckpointError(message)
     for key, orders in state.items():
         if key.endswith("permutations"):
@@ -218,6 +228,37 @@ def build(config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPIR:
     }
     model.load_state_dict(prepared, assign=True)
     return model.eval()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write safetensors; the file appears complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.touch()  # for the permissions of any new file: save_file alone gives the owner's only
+    mode = partial.stat().st_mode
+    save_file(tensors, partial, header)
+    partial.chmod(mode)
+    partial.replace(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file, or it is something else or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, tensors
+    except FileNotFoundError:
+        message = f"{path}: no such weights file. `dfpir weights list` shows those there are."
+        raise CheckpointError(message) from None
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        message = f"{path}: not a safetensors file, or a damaged one ({reason}). {advice(path)}"
+        raise CheckpointError(message) from None
 
 
 def save(
@@ -243,12 +284,7 @@ def save(
         for key, value in model.state_dict().items()
     }
     header = {"format": FORMAT, "config": json.dumps(config), **(metadata or {})}
-    partial = path.with_name(path.name + ".partial")
-    partial.touch()  # for the permissions of any new file: save_file alone gives the owner's only
-    mode = partial.stat().st_mode
-    save_file(tensors, partial, header)
-    partial.chmod(mode)
-    partial.replace(path)
+    write_tensors(path, tensors, header)
 
 
 def load(path: Path) -> DFPIR:
@@ -259,16 +295,7 @@ def load(path: Path) -> DFPIR:
     CheckpointError
         If the file is not safetensors, not ours, or its configuration and shapes disagree.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        message = f"{path}: no such weights file. `dfpir weights list` shows those there are."
-        raise CheckpointError(message) from None
-    except (SafetensorError, OSError) as error:
-        message = f"{path}: not a safetensors file ({error}). {advice(path)}"
-        raise CheckpointError(message) from None
+    header, tensors = read_tensors(path)
     if header.get("format") != FORMAT:
         message = (
             f"{path}: safetensors, but not written by dfpir: its format is "
@@ -351,12 +378,11 @@ def read_text_codes(path: Path) -> dict[Degradation, Tensor]:
         If the file is not safetensors or names something else.
     """
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        _, tensors = read_tensors(path)
         return {Degradation.from_name(name): code for name, code in tensors.items()}
-    except (SafetensorError, OSError, ValueError) as error:
+    except ValueError as error:
         message = (
-            f"{path}: not a file of text codes ({error}). Expected safetensors with one tensor of "
+            f"{path}: not a file of text codes ({error}) Expected safetensors with one tensor of "
             "512 values named after each degradation."
         )
         raise CheckpointError(message) from None

@@ -14,12 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfpir.checkpoint import CheckpointError
+from dfpir.checkpoint import CheckpointError, mismatches, read_tensors, write_tensors
 from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
 from dfpir.tiling import spread
 
@@ -327,9 +325,7 @@ def save_classifier(
     }
     config = {**asdict(model.config), "kinds": KINDS}
     header = {**(metadata or {}), "format": FORMAT, "config": json.dumps(config)}
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, header)
-    partial.replace(path)
+    write_tensors(path, tensors, header)
 
 
 def load_classifier(path: Path) -> DegradationClassifier:
@@ -346,17 +342,7 @@ def load_classifier(path: Path) -> DegradationClassifier:
         If the file is missing, damaged, not a classifier of dfpir, or contradicts itself.
     """
     advice = "Reinstall dfpir, or give a classifier written by it."
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        message = f"{path}: no such classifier file. {advice}"
-        raise CheckpointError(message) from None
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        message = f"{path}: not a safetensors file, or a damaged one ({reason}). {advice}"
-        raise CheckpointError(message) from None
+    header, tensors = read_tensors(path)
     if header.get("format") != FORMAT:
         message = (
             f"{path}: not a classifier of dfpir: its format is {header.get('format')!r}, "
@@ -405,21 +391,11 @@ def build(config: ClassifierConfig, tensors: Mapping[str, Tensor]) -> Degradatio
         If keys are missing or left over, shapes differ, or values are not finite.
     """
     model = DegradationClassifier(config)
-    expected = {key: tuple(value.shape) for key, value in stored_state(model).items()}
-    found = {key: tuple(value.shape) for key, value in tensors.items()}
-    problems = [
-        *(f"missing {key}" for key in sorted(expected.keys() - found.keys())),
-        *(f"unexpected {key}" for key in sorted(found.keys() - expected.keys())),
-        *(
-            f"{key} is {found[key]}, expected {expected[key]}"
-            for key in sorted(expected.keys() & found.keys())
-            if expected[key] != found[key]
-        ),
-        *(f"{key} is not finite" for key in sorted(found) if not tensors[key].isfinite().all()),
-    ]
+    problems = mismatches(stored_state(model), tensors) or "; ".join(
+        f"{key} is not finite" for key in sorted(tensors) if not tensors[key].isfinite().all()
+    )
     if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
-        message = f"these tensors do not make a classifier: {shown}."
+        message = f"these tensors do not make a classifier: {problems}."
         raise CheckpointError(message)
     model.load_state_dict({key: value.float() for key, value in tensors.items()}, strict=False)
     return model.eval().requires_grad_(False)
