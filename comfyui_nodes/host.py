@@ -153,7 +153,8 @@ def to_intermediate(image: torch.Tensor) -> torch.Tensor:
 
 def show_text(text: str, node_id: str) -> None:
     """Show a text on a node of the page, below its widgets."""
-    PromptServer.instance.send_progress_text(text, node_id)
+    # Line by line, because the page breaks long lines within words.
+    PromptServer.instance.send_progress_text(text.replace("; ", "\n"), node_id)
 
 
 class Progress:
