@@ -405,5 +405,6 @@ def estimate(jobs: Sequence[Job], restorer: Restorer) -> Estimate:
     each = (time.perf_counter() - started) / TRIAL_SIDE**2
     pixels = sum(height * width for height, width in sizes)
     largest = max(sizes, key=lambda size: size[0] * size[1], default=(1, 1))
-    memory = memory_needed(restorer.model.config, largest, restorer.dtype)
+    config, device = restorer.model.config, restorer.device
+    memory = memory_needed(config, largest, restorer.dtype, device=device)
     return Estimate(len(sizes), tuple(unreadable), pixels / 1e6, pixels * each, memory)

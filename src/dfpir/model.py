@@ -23,7 +23,7 @@ HIDDEN_MULTIPLE = 8
 PIXELS_PER_STEP = 2**17
 """Pixels of the first level in a step of progress; every pass counts its own."""
 
-CONVOLVED_PIXELS = 2**16
+CONVOLVED_PIXELS = 2**14
 """Pixels of a strip in the 3x3 convolutions between levels, whose memory it bounds."""
 
 Attention = tuple[Tensor, ...]
@@ -570,7 +570,7 @@ class _Passes:
         """Convolve by strips, rearrange each, and put it into its place in the result."""
         self.begin(features)
         rows = self.rows
-        if rows is None and features.device.type == "cpu":
+        if features.device.type == "cpu":
             rows = CONVOLVED_PIXELS // features.shape[2]
         return kernels.convolve(
             features, convolution.weight, rearrange, rows=rows, advance=self.advance, out=out

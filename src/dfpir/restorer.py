@@ -22,8 +22,9 @@ from dfpir import weights as weights_module
 from dfpir.classifier import DegradationClassifier, load_classifier
 from dfpir.classifier import classify as classify_with
 from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
+from dfpir.kernels.cpu import TILE_BYTES
 from dfpir.memory import first_that_fits
-from dfpir.model import DFPIR, Attention, DFPIRConfig, Progress
+from dfpir.model import CONVOLVED_PIXELS, DFPIR, Attention, DFPIRConfig, Progress
 from dfpir.pixels import (
     PixelError,
     ValueRange,
@@ -166,13 +167,16 @@ class Course:
 
 
 def memory_needed(
-    config: DFPIRConfig, size: tuple[int, int], dtype: torch.dtype, *, rows: int | None = None
+    config: DFPIRConfig,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    rows: int | None = None,
+    device: torch.device | None = None,
 ) -> int:
     """Estimate the most bytes that restoring one image takes beside the weights.
 
-    The widest place is the last one: the decoder's first level, whose features have twice the
-    network's width. There live the features, the result, the skips below, and, for all rows or
-    for a strip, what `dfpir.kernels.cpu.filtered` makes of them.
+    The widest place is the decoder's first level, whose features have twice the network's width.
 
     Parameters
     ----------
@@ -181,17 +185,26 @@ def memory_needed(
         Height and width of the image.
     dtype : torch.dtype
     rows : int, optional
-        Height of the strips; the whole image by default.
+        Height of the strips; the whole image by default. On a processor they do not matter.
+    device : torch.device, optional
+        Without it, or on another device than a processor, the estimate is for plain PyTorch's
+        passes, which need the most.
     """
     height, width = (-(-side // config.multiple) * config.multiple for side in size)
     level_height, level_width = height // config.stem, width // config.stem
     channels = 2 * config.width
+    each = torch.empty((), dtype=dtype).element_size()
+    planes = 12 * height * width
+    if device is not None and device.type == "cpu":
+        # Where the skip, a quarter of the pixels from below and both together exist at once.
+        joined = level_height * level_width * (channels + channels // 2 + channels // 4)
+        strips = CONVOLVED_PIXELS * 5 * channels  # seen, convolved, rearranged
+        return (joined + planes + strips) * each + 5 * TILE_BYTES
     hidden = int(channels * config.expansion)
     held = 3 * channels + 2 * config.width  # input, result, one copy on the way; the skips
     strip = channels + 3 * 2 * hidden  # normalised; projected, padded, filtered
     tall = min((rows or level_height) + 2, level_height)
-    elements = level_width * (level_height * held + tall * strip) + 12 * height * width
-    return elements * torch.empty((), dtype=dtype).element_size()
+    return (level_width * (level_height * held + tall * strip) + planes) * each
 
 
 def free_memory(device: torch.device) -> int:
@@ -293,7 +306,8 @@ class Restorer:
     device : str or torch.device
         "auto", "cpu", "cuda", "cuda:1", "mps", "xpu".
     dtype : str
-        "auto" (float32), "float32", "float64", "bfloat16" or "float16".
+        "auto" (float32: few processors are fast in less, and on none of them is the answer the
+        same), "float32", "float64", "bfloat16" or "float16".
 
     Raises
     ------
@@ -575,7 +589,7 @@ class Restorer:
         """
         config = self.model.config
         if self.device.type != "cpu":
-            needed = memory_needed(config, size, self.dtype)
+            needed = memory_needed(config, size, self.dtype, device=self.device)
             if needed < FREE_SHARE * free_memory(self.device):
                 return None
         return max(STRIP_PIXELS * config.stem // size[1], FEWEST_ROWS)
