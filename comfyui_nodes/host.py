@@ -153,8 +153,10 @@ def to_intermediate(image: torch.Tensor) -> torch.Tensor:
 
 def show_text(text: str, node_id: str) -> None:
     """Show a text on a node of the page, below its widgets."""
-    # Line by line, because the page breaks long lines within words.
-    PromptServer.instance.send_progress_text(text.replace("; ", "\n"), node_id)
+    # One page breaks lines within words if they are long, the other joins them: hence short
+    # lines that end like sentences.
+    sentences = "".join(f"{line.removesuffix('.')}.\n" for line in text.splitlines())
+    PromptServer.instance.send_progress_text(sentences.replace("; ", ";\n"), node_id)
 
 
 class Progress:

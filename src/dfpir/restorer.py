@@ -101,7 +101,7 @@ class Restoration:
         """`summary`, then how it was done and what the user should know of that."""
         record = self.record
         how = (
-            f"strength {record.strength:.0%}{', within the mask' if record.masked else ''}; "
+            f"Strength {record.strength:.0%}{', within the mask' if record.masked else ''}; "
             f"{record.statistics} statistics, {record.dtype} on {record.device}"
         )
         return "\n".join([self.summary, *([how] if self.steps else []), *record.notes])

@@ -205,7 +205,7 @@ def test_result_is_the_cores(small, tiny_model, host):
     found = small(image, "blur", **options)
     assert torch.allclose(found.result[0], expected.image.movedim(1, -1), atol=1e-6)
     assert found.result[2] == expected.report == found.ui["text"][0]
-    assert host.texts["7"].splitlines()[:2] == ["motion blur, as told", "restored"]
+    assert host.texts["7"].splitlines()[:2] == ["motion blur, as told;", "restored."]
 
 
 def test_sampled_statistics_measure_a_batch_once(small, monkeypatch):

@@ -456,6 +456,112 @@ def test_memory_of_a_long_batch(server, tiny_model):
     assert many < 64 * frame + 100e6
 
 
+# The page
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    """The server's page in a headless browser; nothing but the server can be reached."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    root = f"http://127.0.0.1:{server.port}"
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(
+            executable_path=browser,
+            args=["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader"],
+        )
+        page = opened.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(240_000)
+        local = (root, "data:", "blob:")
+        page.route(
+            "**/*",
+            lambda route: (
+                route.continue_() if route.request.url.startswith(local) else route.abort()
+            ),
+        )
+        yield page
+        opened.close()
+
+
+def open_page(server, page, language):
+    for key, value in {"Comfy.TutorialCompleted": True, "Comfy.Locale": language}.items():
+        server.request(f"/settings/{key}", json.dumps(value).encode())
+    page.goto(f"http://127.0.0.1:{server.port}", wait_until="domcontentloaded")
+    page.wait_for_function(
+        "window.app?.graph && window.app.extensionManager && !window.app.extensionManager.spinner"
+    )
+    page.wait_for_function("Object.keys(LiteGraph.registered_node_types).includes('DFPIRRestore')")
+
+
+def load_example(page, name):
+    graph = json.loads((PACK / f"example_workflows/{name}.json").read_text(encoding="utf-8"))
+    page.evaluate("graph => window.app.loadGraphData(graph)", graph)
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+
+
+def keep_picture(page, name):
+    """Keep a screenshot in the folder that COMFYUI_SCREENSHOTS names, to be looked at."""
+    folder = os.environ.get("COMFYUI_SCREENSHOTS")
+    if folder:
+        page.wait_for_timeout(1500)
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+OUR_NODE = "window.app.graph.nodes.find(node => node.type === 'DFPIRRestore')"
+
+
+def test_page_runs_an_example_and_shows_report_and_help(server, degraded, page):
+    server.give("example.png", degraded["noise-25"])
+    open_page(server, page, "en")
+    load_example(page, "restore_image")
+    page.evaluate("window.app.queuePrompt(0, 1)")
+    report = f"{OUR_NODE}.widgets.find(widget => widget.name === '$$node-text-preview')?.value"
+    page.wait_for_function(report)
+    assert "Gaussian noise" in page.evaluate(report)
+    page.wait_for_function(
+        "window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.length"
+    )
+    keep_picture(page, "run")
+    page.evaluate(f"window.app.canvas.selectNode({OUR_NODE})")
+    page.locator("[data-testid='info-button'], .help-button").first.click()
+    page.get_by_text("It works at once, on weights that ship with it").first.wait_for()
+    keep_picture(page, "help")
+
+
+def test_page_finds_the_node_by_what_it_does(server, page):
+    open_page(server, page, "en")
+    modern = "search_aliases" in server.get("/object_info/DFPIRRestore")["DFPIRRestore"]
+    page.evaluate("window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.keyboard.type("denoise" if modern else "restore", delay=50)
+    page.get_by_text("Restore Image (DFPIR)").first.wait_for()
+    keep_picture(page, "search")
+
+
+def test_page_speaks_chinese(server, page):
+    open_page(server, page, "zh")
+    load_example(page, "diagnose_then_restore")
+    titles = page.evaluate("window.app.graph.nodes.map(node => node.getTitle())")
+    assert {"图像复原（DFPIR）", "图像退化诊断（DFPIR）"} <= set(titles)
+    page.evaluate(f"window.app.canvas.selectNode({OUR_NODE})")
+    page.locator("[data-testid='info-button'], .help-button").first.click()
+    page.get_by_text("使用自带的权重，装好即可运行").first.wait_for()
+    keep_picture(page, "chinese")
+
+
+def test_page_lists_the_examples(server, page):
+    open_page(server, page, "en")
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("dfpir", exact=True).first.click()
+    for name in ("restore_image", "diagnose_then_restore", "restore_video_frames"):
+        page.get_by_text(name, exact=False).first.wait_for()
+    keep_picture(page, "templates")
+
+
+# Other ways in
+
+
 def test_clone_of_the_repository_works(tmp_path, degraded):
     """A plain clone in custom_nodes, without an installation."""
 
