@@ -1,19 +1,21 @@
 """The operations of a transformer block, and the one place that chooses who computes them.
 
-`reference` is the definition in plain NCHW PyTorch, against which everything else is tested.
-Inference and training run on the passes exported here: on a CPU without gradients those of `cpu`,
-otherwise those of `generic`, in plain PyTorch for every device.
+`reference` is the definition in plain PyTorch, against which everything else is tested. Inference
+and training run on the passes exported here: those of `fused`, by Triton's kernels, where `backend`
+says so; on a CPU without gradients those of `cpu`; otherwise those of `generic`, in plain PyTorch
+for every device.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from dfpir.kernels import cpu, generic
+from dfpir.kernels import backend, cpu, generic
 from dfpir.kernels.generic import convolve, mix
 from dfpir.kernels.passes import Advance, Projection
 from dfpir.kernels.reference import keep_largest
@@ -100,7 +102,10 @@ def feed_forward(
 
 def passes_for(features: Tensor) -> ModuleType:
     """Return the module whose passes serve these features."""
-    if features.device.type == "cpu" and not torch.is_grad_enabled():
+    gradient = torch.is_grad_enabled()
+    if backend.use_triton(features.device, features.dtype, gradient):
+        return importlib.import_module("dfpir.kernels.fused")
+    if features.device.type == "cpu" and not gradient:
         return cpu
     return generic
 

@@ -98,7 +98,8 @@ class _Column:
             last = height
         if first >= last:
             return
-        source = self.image.new_zeros(last - first, out.shape[1], channels)
+        # Columns beyond the image stay as they are here: pixels do not mix before `out` is cleared.
+        source = self.image.new_empty(last - first, out.shape[1], channels)
         end = min(self.right + 1, width)
         source[:, 1 : 1 + end - self.left] = self.image[first:last, self.left : end]
         if self.before is not None:

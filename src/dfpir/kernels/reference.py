@@ -102,3 +102,67 @@ def permute_channels(features: Tensor, permutation: Tensor) -> Tensor:
     """Reorder the channels of (N, C, H, W), each image by its row of `permutation` (N, C)."""
     images = torch.arange(features.shape[0], device=features.device)
     return features[images[:, None], permutation]
+
+
+def project(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise over channels, then mix them: (N, H, W, C) to (N, H, W, O).
+
+    `weight` (O, C) and `bias` (O,) have the affine part of the normalisation in them.
+    """
+    return F.linear(F.layer_norm(features, features.shape[-1:], eps=EPSILON), weight, bias)
+
+
+def depthwise_rows(features: Tensor, weight: Tensor, above: int, below: int) -> Tensor:
+    """Filter (N, H, W, C) as `depthwise` does, and leave rows out at the top and the bottom."""
+    filtered = depthwise(features.permute(0, 3, 1, 2), weight).permute(0, 2, 3, 1)
+    return filtered[:, above : features.shape[1] - below]
+
+
+def correlate(
+    query: Tensor,
+    key: Tensor,
+    query_filters: Tensor,
+    key_filters: Tensor,
+    heads: int,
+    above: int = 0,
+    below: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Filter queries and keys (N, H, W, C), then sum over all pixels what attention needs.
+
+    Returns
+    -------
+    products : Tensor, (N, heads, C/heads, C/heads), float32
+    query_squares, key_squares : Tensor, (N, heads, C/heads), float32
+    """
+    query, key = (
+        split_heads(depthwise_rows(*side, above, below).permute(0, 3, 1, 2), heads).float()
+        for side in ((query, query_filters), (key, key_filters))
+    )
+    return query @ key.transpose(-2, -1), query.square().sum(-1), key.square().sum(-1)
+
+
+def mix_values(
+    values: Tensor,
+    filters: Tensor,
+    matrix: Tensor,
+    residual: Tensor | None,
+    above: int = 0,
+    below: int = 0,
+) -> Tensor:
+    """Filter values (N, H, W, C), mix their channels by `matrix` (N or 1, C, C), add `residual`."""
+    filtered = depthwise_rows(values, filters, above, below)
+    mixed = torch.einsum("nhwc,noc->nhwo", filtered, matrix.expand(len(values), -1, -1))
+    return mixed if residual is None else mixed + residual
+
+
+def gate(
+    hidden: Tensor,
+    filters: Tensor,
+    project_out: Tensor,
+    residual: Tensor,
+    above: int = 0,
+    below: int = 0,
+) -> Tensor:
+    """Return residual + project_out (GELU(a) * b), a, b halves of the filtered (N, H, W, 2h)."""
+    gated, content = depthwise_rows(hidden, filters, above, below).chunk(2, dim=-1)
+    return residual + F.linear(F.gelu(gated) * content, project_out)

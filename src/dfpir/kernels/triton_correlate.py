@@ -1,0 +1,155 @@
+"""K2: filter queries and keys and sum their products over pixels; only partial sums are written."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dfpir.kernels.triton_depthwise import BLOCK_COLUMNS, BLOCK_ROWS, depthwise, operand, precision
+
+PROGRAMS = 512
+"""Programs in all, about: a few for each processor of a large card."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def correlate_kernel(  # type: ignore[no-untyped-def]
+    query,  # (N, H, W, C)
+    key,  # (N, H, W, C), of the same strides
+    query_filters,  # (C, 9)
+    key_filters,  # (C, 9)
+    products,  # (splits, N, heads, D, D), float32
+    squares,  # (splits, N, heads, 2, D), float32
+    height,
+    width,
+    above,
+    written,  # rows of the result: height without those above and below
+    stride_image,
+    stride_row,
+    stride_column,
+    stride_channel,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Compute G[i, j] = sum over p of q[p, i] k[p, j], and squares; see `reference.correlate`."""
+    P: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS
+    split = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(2).to(tl.int64)
+    splits, heads, images = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    within = tl.arange(0, BLOCK_D)
+    known = within < D
+    channel = head * D + within
+    index = tl.arange(0, P)
+    across = tl.cdiv(width, BLOCK_COLUMNS)
+    tiles = across * tl.cdiv(written, BLOCK_ROWS)
+    gram = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    query_squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    key_squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for tile in range(split, tiles, splits):
+        row = tile // across * BLOCK_ROWS + index // BLOCK_COLUMNS
+        column = tile % across * BLOCK_COLUMNS + index % BLOCK_COLUMNS
+        inside = (row < written) & (column < width)
+        left = depthwise(
+            query + image * stride_image,
+            query_filters,
+            row + above,
+            column,
+            inside,
+            channel,
+            known,
+            height,
+            width,
+            stride_row,
+            stride_column,
+            stride_channel,
+            P,
+            BLOCK_D,
+        ).to(query.dtype.element_ty)  # (P, D)
+        right = depthwise(
+            key + image * stride_image,
+            key_filters,
+            row + above,
+            column,
+            inside,
+            channel,
+            known,
+            height,
+            width,
+            stride_row,
+            stride_column,
+            stride_channel,
+            P,
+            BLOCK_D,
+        ).to(key.dtype.element_ty)
+        gram = tl.dot(
+            tl.trans(left.to(OPERAND)), right.to(OPERAND), gram, input_precision=PRECISION
+        )
+        # Of the rounded values, so that no correlation exceeds one.
+        query_squares += tl.sum(left.to(tl.float32) * left.to(tl.float32), axis=0)
+        key_squares += tl.sum(right.to(tl.float32) * right.to(tl.float32), axis=0)
+    place = (split * images + image) * heads + head
+    tl.store(
+        products + place * D * D + within[:, None] * D + within[None, :],
+        gram,
+        mask=known[:, None] & known[None, :],
+    )
+    tl.store(squares + place * 2 * D + within, query_squares, mask=known)
+    tl.store(squares + place * 2 * D + D + within, key_squares, mask=known)
+
+
+def blocks(each: int) -> dict[str, int]:
+    """Return the block sizes for heads of so many channels, and the warps that share a block."""
+    return {
+        "BLOCK_ROWS": BLOCK_ROWS // 2,
+        "BLOCK_COLUMNS": BLOCK_COLUMNS,
+        "BLOCK_D": max(triton.next_power_of_2(each), 16),
+        "num_warps": 8 if each > 64 else 4,
+    }
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    query_filters: Tensor,
+    key_filters: Tensor,
+    heads: int,
+    above: int,
+    below: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return products and squares of the filtered queries and keys (N, H, W, C), float32."""
+    if query.stride() != key.stride():
+        query, key = query.contiguous(), key.contiguous()
+    count, height, width, channels = query.shape
+    each, written = channels // heads, height - above - below
+    sizes = blocks(each)
+    tiles = triton.cdiv(written, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLUMNS"])
+    splits = min(tiles, max(PROGRAMS // (heads * count), 1))
+    products = torch.empty(
+        (splits, count, heads, each, each), dtype=torch.float32, device=query.device
+    )
+    squares = torch.empty((splits, count, heads, 2, each), dtype=torch.float32, device=query.device)
+    correlate_kernel[(splits, heads, count)](
+        query,
+        key,
+        query_filters.contiguous(),
+        key_filters.contiguous(),
+        products,
+        squares,
+        height,
+        width,
+        above,
+        written,
+        *query.stride(),
+        D=each,
+        PRECISION=precision(query),
+        OPERAND=operand(query),
+        **sizes,
+    )
+    query_squares, key_squares = squares.sum(dim=0).unbind(dim=2)
+    return products.sum(dim=0), query_squares.contiguous(), key_squares.contiguous()

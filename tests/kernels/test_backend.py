@@ -1,0 +1,104 @@
+"""Who computes: the choice, and every way back to plain PyTorch."""
+
+import logging
+
+import pytest
+import torch
+
+from dfpir import kernels
+from dfpir.kernels import backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.delenv("DFPIR_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "probed", {})
+
+
+def works(monkeypatch):
+    monkeypatch.setattr(backend, "check", lambda device: None)
+
+
+def fails(monkeypatch, error):
+    def check(device):
+        raise error
+
+    monkeypatch.setattr(backend, "check", check)
+
+
+def test_auto_takes_triton_on_cuda(monkeypatch):
+    works(monkeypatch)
+    for dtype in backend.DTYPES:
+        assert backend.use_triton(CUDA, dtype, False)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "xpu"])
+def test_auto_takes_torch_elsewhere(monkeypatch, kind):
+    fails(monkeypatch, AssertionError("the probe is not to run"))
+    assert not backend.use_triton(torch.device(kind), torch.float32, False)
+
+
+def test_auto_takes_torch_for_gradients_and_double_precision(monkeypatch):
+    works(monkeypatch)
+    assert not backend.use_triton(CUDA, torch.float32, True)
+    assert not backend.use_triton(CUDA, torch.float64, False)
+
+
+def test_torch_is_taken_when_told(monkeypatch):
+    works(monkeypatch)
+    monkeypatch.setenv("DFPIR_KERNELS", "torch")
+    assert not backend.use_triton(CUDA, torch.float32, False)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'triton'"),
+        RuntimeError("Failed to find C compiler"),
+        RuntimeError("gate differs from its definition by 1.0e+00"),
+    ],
+)
+def test_a_failed_probe_is_one_line_in_the_log(monkeypatch, caplog, error):
+    fails(monkeypatch, error)
+    with caplog.at_level(logging.WARNING, logger="dfpir"):
+        assert not backend.use_triton(CUDA, torch.float32, False)
+        assert not backend.use_triton(CUDA, torch.bfloat16, False)
+    assert [str(error) in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "gradient", "reason"),
+    [
+        (CUDA, torch.float32, True, "gradient"),
+        (CUDA, torch.float64, False, "float64"),
+        (CPU, torch.float32, False, "on cpu"),
+        (torch.device("mps"), torch.float32, False, "on mps"),
+        (CUDA, torch.float32, False, "no compiler"),
+    ],
+)
+def test_insisting_on_triton_tells_the_reason(monkeypatch, device, dtype, gradient, reason):
+    monkeypatch.setenv("DFPIR_KERNELS", "triton")
+    fails(monkeypatch, RuntimeError("no compiler"))
+    with pytest.raises(RuntimeError, match=rf"'triton', but .*{reason}.*'torch'"):
+        backend.use_triton(device, dtype, gradient)
+
+
+def test_an_unknown_choice_is_named(monkeypatch):
+    monkeypatch.setenv("DFPIR_KERNELS", "cuda")
+    with pytest.raises(ValueError, match=r"'cuda'; expected auto, torch, triton"):
+        backend.use_triton(CPU, torch.float32, False)
+
+
+def test_the_passes_follow_the_choice(monkeypatch):
+    x = torch.zeros(1)
+    with torch.no_grad():
+        assert kernels.passes_for(x).__name__ == "dfpir.kernels.cpu"
+        monkeypatch.setattr(backend, "use_triton", lambda *_: True)
+        assert kernels.passes_for(x).__name__ == "dfpir.kernels.fused"
+    monkeypatch.undo()
+    assert kernels.passes_for(x).__name__ == "dfpir.kernels.generic"
+    with torch.no_grad():
+        assert kernels.passes_for(x.to("meta")).__name__ == "dfpir.kernels.generic"
