@@ -1,11 +1,17 @@
 """What all tests share: tolerances, small networks, pictures."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from dfpir.degradation import Degradation
 from dfpir.model import DFPIR, DFPIRConfig
+
+if not torch.cuda.is_available():
+    # Triton decides when it is imported whether kernels are compiled or interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TOLERANCE = {
     torch.float64: 1e-12,
