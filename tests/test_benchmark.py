@@ -1,0 +1,147 @@
+"""`dfpir benchmark` on tiny cases: gates, counts, tables. No time is asserted."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import SMALL_COMPACT
+from dfpir import benchmark as module
+from dfpir.benchmark import Report, Row, run_benchmark
+from dfpir.cli import main
+from dfpir.model import DFPIRConfig
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(module, "PRESETS", {"tiny": lambda: SMALL_COMPACT})
+    monkeypatch.setattr(
+        module, "gemm_rate", lambda device, dtype, side: {4: 50.0, 2: 1.0}[dtype.itemsize]
+    )
+
+
+def tiny_run(**options):
+    defaults = {
+        "presets": ["tiny"],
+        "sizes": [(16, 24)],
+        "variants": ["plain", "dfpir"],
+        "repeats": 2,
+    }
+    return run_benchmark(**{**defaults, "memory": False, **options})
+
+
+def test_every_variant_is_checked_and_timed():
+    seen = []
+    report = tiny_run(on_progress=lambda done, total: seen.append((done, total)))
+    assert [(row.variant, row.dtype) for row in report.rows] == [
+        ("plain", "float32"),
+        ("dfpir", "float32"),
+    ]
+    for row in report.rows:
+        assert row.checked == "plain" and row.error <= 1e-5
+        assert len(row.seconds) == 2 and row.share > 0
+    assert seen[-1] == (6, 6)
+    assert json.loads(json.dumps(report.as_dict()))["rows"][1]["median"] > 0
+
+
+def test_half_precision_is_measured_where_it_is_fast(monkeypatch):
+    monkeypatch.setattr(module, "gemm_rate", lambda device, dtype, side: 100.0 / dtype.itemsize)
+    report = tiny_run(variants=["dfpir"], repeats=1)
+    assert [row.dtype for row in report.rows] == ["float32", "bfloat16", "float16"]
+    assert all(row.error <= module.TOLERANCE[row.dtype] for row in report.rows)
+
+
+def test_no_time_without_a_passed_check(monkeypatch):
+    right = module.work_of
+
+    def wrong(model, variant):
+        return right(model, variant) if variant == "plain" else lambda pixels: pixels
+
+    monkeypatch.setattr(module, "work_of", wrong)
+    row = tiny_run().rows[1]
+    assert row.seconds == [] and row.median is None and row.error > 1e-5
+    assert row.note == "differs from the definition"
+
+
+def test_where_plain_does_not_fit_strips_are_the_check(monkeypatch):
+    monkeypatch.setattr(module, "free_memory", lambda device: 1000)
+    plain, ours = tiny_run().rows
+    assert plain.note == "does not fit into memory" and plain.seconds == []
+    assert ours.checked == "strips" and ours.error <= 1e-5 and ours.seconds
+
+
+def test_operations_are_those_of_the_arithmetic():
+    flops = module.operations(DFPIRConfig.paper(), 256, 256)
+    assert flops == pytest.approx(2 * 165.5e9, rel=0.01)
+    assert module.operations(SMALL_COMPACT, 64, 32) == 2 * module.operations(SMALL_COMPACT, 32, 32)
+
+
+def test_memory_is_measured_in_a_child():
+    small = module.peak_in_child("compact", (128, 128), "dfpir", "float32")
+    assert 0 < small < 2e8
+
+
+def test_table_tells_gains_losses_and_gaps():
+    rows = [
+        Row("paper", 8, 8, "plain", "float32", [2.0, 4.0, 3.0], 0.0, share=0.5, peak=10**9),
+        Row("paper", 8, 8, "dfpir", "float32", [1.0, 1.0], 2e-6),
+        Row("paper", 8, 8, "compiled", "float32", note="no compiler"),
+    ]
+    table = Report(
+        rows, {"float32": 100.0}, dict.fromkeys(module.machine(torch.device("cpu")), "x")
+    ).markdown()
+    assert "| plain, float32 | 3 ± 0.5 s | 1.00x | 50% | 1.00 GB | 0e+00 |" in table
+    assert "| dfpir, float32 | 1 ± 0 s | 3.00x |  |  | 2e-06 |" in table
+    assert "| compiled, float32 |  |  |  |  | no compiler |" in table
+
+
+def test_report_survives_json(tmp_path):
+    report = tiny_run()
+    module.write_json(report, tmp_path / "speed.json")
+    assert module.read_json(tmp_path / "speed.json") == report
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"presets": ["huge"]}, "'huge'"),
+        ({"variants": ["fast"]}, "'fast'"),
+        ({"repeats": 0}, "0 rep"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_run(**options)
+
+
+def test_the_command_writes_everything(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n", encoding="utf-8")
+    given = "--presets tiny --sizes 16x24 --variants plain dfpir --repeats 1 --no-memory"
+    written = {"--json": tmp_path / "speed.json", "--plot": tmp_path / "speed.png"}
+    written["--readme"] = readme
+    paths = [str(each) for pair in written.items() for each in pair]
+    status = main(["benchmark", *given.split(), *paths])
+    assert status == 0
+    table = capsys.readouterr().out
+    assert "| tiny | 16x24 | dfpir, float32 |" in table
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- speed -->\n| network")
+    assert text.endswith("-->\nafter\n") and "old" not in text and table.strip() in text
+    assert (tmp_path / "speed.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "speed.json").read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize("size", ["16", "16x", "axb", "0x8"])
+def test_a_wrong_size_is_named(size, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--sizes", size])
+    assert f"'{size}'" in capsys.readouterr().err
+
+
+def test_a_readme_without_markers_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
+    report = Report([], {}, module.machine(torch.device("cpu")))
+    with pytest.raises(ValueError, match="no lines '<!-- speed -->'"):
+        module.write_table(report, tmp_path / "README.md")
