@@ -1,4 +1,4 @@
-"""The command line: restore, classify, weights, train, evaluate, demo."""
+"""The command line: restore, classify, weights, train, evaluate, benchmark, demo."""
 
 from __future__ import annotations
 
@@ -54,6 +54,15 @@ def strength(text: str) -> float:
     return value
 
 
+def size(text: str) -> tuple[int, int]:
+    """Read a height and a width such as 512x768."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        message = f"expected a height and a width such as 512x768, found {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return int(height), int(width)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = Parser(
@@ -67,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_weights(commands)
     add_train(commands)
     add_evaluate(commands)
+    add_benchmark(commands)
     add_demo(commands)
     return parser
 
@@ -199,6 +209,25 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument("--sets", nargs="+", metavar="SET", help="default: all in DIR")
     add_device(parser)
     parser.set_defaults(run=run_evaluate)
+
+
+def add_benchmark(commands: Commands) -> None:
+    """Add `dfpir benchmark`."""
+    parser = commands.add_parser("benchmark", help="measure speed, memory and agreement here")
+    parser.add_argument("--presets", nargs="+", metavar="NAME", help="paper, compact (default: both)")
+    parser.add_argument("--sizes", nargs="+", type=size, metavar="HxW", help="sizes of pictures")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="plain, compiled, dfpir (default: all)"
+    )
+    parser.add_argument("--repeats", type=int, metavar="N", help="times each is run (default: 5)")
+    parser.add_argument("--device", default="auto", metavar="DEVICE")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the times")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="put the table between FILE's speed markers"
+    )
+    parser.set_defaults(run=run_benchmark)
 
 
 def add_demo(commands: Commands) -> None:
@@ -475,6 +504,29 @@ def run_evaluate(options: argparse.Namespace) -> int:
     say(evaluation.markdown())
     if options.json:
         options.json.write_text(json.dumps(evaluation.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def run_benchmark(options: argparse.Namespace) -> int:
+    """Carry out `dfpir benchmark`."""
+    from dfpir import benchmark
+    from dfpir.restorer import choose_device
+
+    given = {name: getattr(options, name) for name in ("presets", "sizes", "variants", "repeats")}
+    with Bar("measuring") as progress:
+        report = benchmark.run_benchmark(
+            device=choose_device(options.device),
+            memory=not options.no_memory,
+            on_progress=progress,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+    say(report.markdown())
+    if options.json:
+        benchmark.write_json(report, options.json)
+    if options.plot:
+        benchmark.plot(report, options.plot)
+    if options.readme:
+        benchmark.write_table(report, options.readme)
     return 0
 
 
