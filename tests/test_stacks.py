@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dfpir import stacks, targets
-from dfpir.degradation import Degradation, Diagnosis
+from dfpir.degradation import Degradation, Diagnosis, caution
 from dfpir.pixels import natural_range
 from dfpir.record import array_hash
 from dfpir.restorer import Restorer
 from dfpir.stacks import (
     Reporter,
     Selection,
-    caution,
     classify_stack,
     measure_range,
     preview,

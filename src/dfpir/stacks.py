@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dfpir.degradation import Degradation, Diagnosis
+from dfpir.degradation import Degradation, Diagnosis, caution
 from dfpir.pixels import UPPER_PERCENTILE, PixelError, ValueRange, natural_range, to_pixels
 from dfpir.record import LinearitySums, RestorationRecord, describe, save_with_record
-from dfpir.restorer import AUTO, Restorer, shared_restorer, vote
+from dfpir.restorer import AUTO, Restoration, Restorer, shared_restorer, vote
 from dfpir.targets import (
     ArrayLike,
     Index,
@@ -49,9 +49,6 @@ HALO = 32
 
 STEP_SECONDS = 0.05
 """Steps that follow faster are not passed on to a host: it has a screen to draw."""
-
-INVENTING = frozenset({Degradation.RAIN, Degradation.HAZE, Degradation.LOW_LIGHT})
-"""Degradations of outdoor photographs; their removal fills in what could not be seen."""
 
 Box = tuple[slice, slice]
 Result = TypeVar("Result")
@@ -100,15 +97,22 @@ class StackRestoration:
         """Whether anything was restored."""
         return any(record.steps for record in self.records)
 
+    @property
+    def summary(self) -> str:
+        """One line for people, or one for each channel."""
+        lines = []
+        for diagnosis, record in zip(self.diagnoses, self.records, strict=True):
+            steps = tuple(Degradation.from_name(step) for step in record.steps)
+            line = Restoration(self.image, diagnosis, steps, record).summary
+            if "channel" in record.scope:
+                line = f"channel {record.scope['channel']}: {line}"
+            lines.append(line)
+        return "\n".join(lines)
 
-def caution(degradation: Degradation, *, rgb: bool) -> str | None:
-    """Return what a user should hear before this restoration of such an image, or None."""
-    if rgb or degradation not in INVENTING:
-        return None
-    return (
-        f"{degradation.label} is a matter of outdoor photographs. On a grey scientific image its "
-        "removal has no physical meaning and changes intensities: for looking only."
-    )
+
+def spare_threads() -> int:
+    """Return how many processor threads a host may give away and still answer: all but one."""
+    return max(torch.get_num_threads() - 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -686,23 +690,27 @@ def preview(
     return StackRestoration(np.asarray(done.image)[inner], (diagnosis,), (done.record,))
 
 
-def residual(before: Any, after: Any) -> Any:
-    """Return before - after as float32: what a restoration took away.
+def residual(before: Any, after: Any, *, rgb: bool = False) -> Any:
+    """Return before - after as float32, grey: what a restoration took away.
 
     Parameters
     ----------
     before, after : array_like
-        Equally shaped. In memory the result is too; otherwise it is a dask array that is computed
-        where it is looked at.
+        Equally shaped, (..., H, W), or (..., H, W, 3 or 4) with `rgb`, of which the mean is taken.
+
+    Returns
+    -------
+    array_like, (..., H, W)
+        In memory if both are; otherwise a dask array that is computed where it is looked at.
     """
-    if not (is_lazy(before) or is_lazy(after)):
-        return np.subtract(before, after, dtype=np.float32, casting="unsafe")
-    dask = needs("dask.array")
-    sides = [
-        side if hasattr(side, "dask") else dask.from_array(getattr(side, "data", side), name=False)
-        for side in (before, after)
-    ]
-    return sides[0].astype(np.float32) - sides[1].astype(np.float32)
+    sides = [before, after]
+    if is_lazy(before) or is_lazy(after):
+        dask = needs("dask.array")
+        sides = [
+            side if hasattr(side, "dask") else dask.from_array(side, name=False) for side in sides
+        ]
+    difference = sides[0].astype(np.float32) - sides[1].astype(np.float32)
+    return difference[..., :3].mean(axis=-1) if rgb else difference
 
 
 def save_stack(
@@ -845,6 +853,13 @@ def classify_steps(
     return steps_of(
         lambda on_step: classify_stack(stack, on_step=on_step, **options), threads=threads
     )
+
+
+def save_steps(
+    path: str | Path, stack: Any, records: Sequence[Any], **options: Any
+) -> Generator[Step, None, tuple[Path, Path]]:
+    """Write a stack as a generator of steps; see `save_stack` and `steps_of`."""
+    return steps_of(lambda on_step: save_stack(path, stack, records, on_step=on_step, **options))
 
 
 def preview_steps(
