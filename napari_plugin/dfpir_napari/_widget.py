@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +252,7 @@ class RestorationWidget(Container):
         self._work_row.visible = running
         self.cancel.enabled = running
         self.region.visible = self.scope.value in (_layers.REGION, _layers.REGION_OF_STACK)
-        if layer is not None and self._advanced.visible:
+        if layer is not None and self.more.value:
             self.python.value = self._python_line(layer)
             self.python.native.setCursorPosition(0)
 
@@ -561,7 +560,7 @@ class RestorationWidget(Container):
 
         bar = cancelable_progress(total=1000, desc=doing)
         worker = create_worker(work, _start_thread=False, _ignore_errors=True)
-        state = {"at": 0}
+        state: dict[str, Any] = {"at": 0}
 
         def advance(step: Step) -> None:
             at = int(step.fraction * 1000)
@@ -579,8 +578,11 @@ class RestorationWidget(Container):
                 then(result)
 
         def abandon() -> None:
-            # Waits for the core's step to end, so not here, where the user does.
-            threading.Thread(target=steps.close, daemon=True).start()
+            # Closing waits for the core's step to end: in a worker, not where the user does.
+            closer = create_worker(lambda: steps.close(), _start_thread=False, _ignore_errors=True)
+            state["closer"] = closer
+            closer.finished.connect(end)
+            closer.start()
             self._queue = []
             if not self._closed:
                 self.say("Cancelled; nothing was changed.")
@@ -592,11 +594,15 @@ class RestorationWidget(Container):
             if self._queue and not self._closed:
                 self._next_layer()
 
+        def end_unless_closing() -> None:
+            if "closer" not in state:
+                end()
+
         worker.yielded.connect(advance)
         worker.returned.connect(finish)
         worker.aborted.connect(abandon)
         worker.errored.connect(self._fail)
-        worker.finished.connect(end)
+        worker.finished.connect(end_unless_closing)
         self._worker = worker
         self.progress.value = 0
         self.say(f"{doing}: starting")

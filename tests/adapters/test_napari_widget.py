@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,6 +222,7 @@ def test_cancel_changes_nothing(qtbot, small, opened):
     press(qtbot, widget, "cancel")
     assert layer.data is before and "Cancelled" in widget._status.text()
     assert widget.restore.enabled
+    assert not [each for each in threading.enumerate() if each.name == "dfpir"]
 
 
 def test_the_python_line_does_the_same(qtbot, small, opened, monkeypatch):
