@@ -70,7 +70,7 @@ def compile_one(name, blocks, constants, dtype, capability):
     """Return shared memory in bytes, registers a thread and bytes spilled."""
     kernel = KERNELS[name]
     blocks = dict(blocks)
-    warps = blocks.pop("num_warps")
+    options = {"num_warps": blocks.pop("num_warps"), "num_stages": blocks.pop("num_stages", 3)}
     constants = {**constants, **blocks, "PRECISION": "ieee", "OPERAND": OPERANDS[dtype]}
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
@@ -87,7 +87,7 @@ def compile_one(name, blocks, constants, dtype, capability):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    compiled = triton.compile(source, target=target, options=options)
     registers, spilled = resources(compiled.asm["ptx"], capability)
     return compiled.metadata.shared, registers, spilled
 
