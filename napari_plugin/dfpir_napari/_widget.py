@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 DEGRADATIONS = [
     ("automatic", "auto"),
-    *((each.label, each.value) for each in Degradation),
+    # The dock is narrow, and the number at the end has to be seen.
+    *((each.label.removeprefix("Gaussian "), each.value) for each in Degradation),
 ]
 BY_NAME, ALIKE = "as the axes are named", "none: all planes are alike"
 ESTIMATES = "Restored values are estimates: look at them, segment them, do not measure them."
