@@ -254,7 +254,8 @@ def tiff_axes(layer: Image) -> str | None:
 
 def pixel_size(layer: Image) -> dict[str, tuple[float, str]]:
     """Return the size of a step along X and Y, and along the named axes before, with units."""
-    letters = [*(tiff_axes(layer) or "ZTC"[: layer.ndim - 2][::-1]), "Y", "X"]
+    usual = {1: "Z", 2: "TZ", 3: "TZC"}.get(layer.ndim - 2, "")  # as `save_stack` has it
+    letters = [*(tiff_axes(layer) or usual), "Y", "X"]
     units = [str(unit) for unit in getattr(layer, "units", ["pixel"] * layer.ndim)]
     return {
         letter: (float(size), unit)
