@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from dfpir import evaluation
-from dfpir.degradation import Degradation
+from dfpir import classical, evaluation, weights
+from dfpir.degradation import Degradation, Diagnosis
 from dfpir.evaluation import EvaluationError, evaluate, noise_level, with_noise
 from dfpir.files import write_image
 
@@ -230,6 +231,70 @@ def test_published_scores_stand_beside_the_whole_set_only(pictures):
     text = evaluation.Evaluation((whole,), "", "", 0, None, "").markdown()
     assert "38.65 / 0.982" in text
     assert "CVPR 2025" in text
+
+
+class Classifying(FakeRestorer):
+    """Doubles the pixels; takes everything for rain, or is not sure."""
+
+    def __init__(self, verdict):
+        super().__init__(lambda pixels: pixels * 2)
+        self.verdict = verdict
+
+    def classify_pixels(self, pixels):
+        return [Diagnosis(self.verdict, Degradation.RAIN, {"rain": 1.0})]
+
+
+def test_untold_acts_as_the_classifier_says(pictures):
+    sure, unsure = (
+        evaluate(pictures, restorer=Classifying(verdict), blind=True)
+        for verdict in ("degraded", "unsure")
+    )
+    for row, doubtful in zip(sure.rows, unsure.rows, strict=True):
+        assert row.named == (1.0 if row.told is Degradation.RAIN else 0.0)
+        assert row.blind == row.restored
+        assert doubtful.named == 0.0 and doubtful.blind == doubtful.given
+    table = [line for line in sure.markdown().splitlines() if line.startswith("|")]
+    assert "restored, untold" in table[0] and len({line.count("|") for line in table}) == 1
+    assert evaluate(pictures, restorer=FakeRestorer()).rows[0].blind is None
+
+
+@pytest.mark.parametrize(
+    ("found", "truth", "right"),
+    [
+        (Degradation.NOISE_15, Degradation.NOISE_50, True),
+        (Degradation.RAIN, Degradation.RAIN, True),
+        (Degradation.RAIN, Degradation.HAZE, False),
+        (Degradation.NOISE_15, Degradation.RAIN, False),
+        (None, Degradation.RAIN, False),
+    ],
+)
+def test_all_noise_is_one_when_names_are_compared(found, truth, right):
+    assert evaluation.is_right(found, truth) is right
+
+
+def test_classical_tools_are_named_beside_their_scores(pictures):
+    result = evaluate(pictures, restorer=FakeRestorer(), sets=["Rain100L"], classically=True)
+    row = result.as_dict()["rows"][0]
+    assert row["tool"] == classical.BEST[Degradation.RAIN].name
+    assert f"({row['tool']})" in result.markdown() and row["classical"]["psnr"] > 0
+
+
+def test_a_document_is_filled_between_its_marks_and_again(pictures):
+    scores = evaluate(pictures, restorer=FakeRestorer()).as_dict()
+    before = "above\n<!-- scores -->\n| former |\n<!-- /scores -->\nbelow\n"
+    filled = evaluation.fill(before, scores)
+    assert filled.startswith("above\n<!-- scores -->\n| set |")
+    assert filled.endswith("\n<!-- /scores -->\nbelow\n") and "former" not in filled
+    assert "s/image" not in filled and evaluation.fill(filled, scores) == filled
+    with pytest.raises(EvaluationError, match="has no lines <!-- scores -->"):
+        evaluation.fill("nothing", scores)
+
+
+def test_the_readme_shows_the_scores_of_the_bundled_weights():
+    entry = weights.find_entry(weights.default_name())
+    scores = {"rows": entry.facts["scores"], "weights": {"name": entry.name}, "limit": None}
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert evaluation.fill(readme, scores) == readme
 
 
 def test_progress_counts_pictures_and_cancels(pictures):

@@ -206,7 +206,19 @@ def add_evaluate(commands: Commands) -> None:
     parser = commands.add_parser("evaluate", help="score weights on public pictures")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the scores as JSON too")
+    parser.add_argument(
+        "--fill",
+        type=Path,
+        metavar="README",
+        help="put the table between its <!-- scores --> lines",
+    )
     parser.add_argument("--sets", nargs="+", metavar="SET", help="default: all in DIR")
+    parser.add_argument(
+        "--blind", action="store_true", help="also restore untold, as the classifier decides"
+    )
+    parser.add_argument(
+        "--classical", action="store_true", help="also score the best classical tool"
+    )
     add_device(parser)
     parser.set_defaults(run=run_evaluate)
 
@@ -494,16 +506,24 @@ def load_restorer(options: argparse.Namespace) -> Restorer:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Carry out `dfpir evaluate`."""
-    from dfpir.evaluation import evaluate
+    from dfpir.evaluation import evaluate, fill
 
     restorer = load_restorer(options)
     with Bar("evaluating") as progress:
         evaluation = evaluate(
-            options.data, restorer=restorer, sets=options.sets, on_progress=progress
+            options.data,
+            restorer=restorer,
+            sets=options.sets,
+            blind=options.blind,
+            classically=options.classical,
+            on_progress=progress,
         )
     say(evaluation.markdown())
     if options.json:
         options.json.write_text(json.dumps(evaluation.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if options.fill:
+        document = options.fill.read_text(encoding="utf-8")
+        options.fill.write_text(fill(document, evaluation.as_dict()), encoding="utf-8")
     return 0
 
 

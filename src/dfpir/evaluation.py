@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dfpir.degradation import Degradation
+from dfpir import classical
+from dfpir.degradation import Degradation, Diagnosis
 from dfpir.files import ImageFileError, find_images, read_image
 from dfpir.model import Progress
 from dfpir.pixels import to_pixels
@@ -32,6 +33,18 @@ PROTOCOL = (
     "output clipped to 0..1 and not quantised; SSIM of scikit-image with its default window; "
     "added noise is clipped and rounded to 8 bits, one draw per seed, sigma and image."
 )
+
+UNTOLD = (
+    "Untold: the classifier decides, and where it is not sure the input stands as it is; named: "
+    "the fraction of inputs it was sure of and right about, all noise being one."
+)
+CLASSICAL = (
+    "Classical: the best of scikit-image's and kornia's filters for it, told likewise, "
+    "its parameters tuned on validation pictures."
+)
+
+MARKS = ("<!-- scores -->", "<!-- /scores -->")
+"""Lines of a document between which `fill` puts the table."""
 
 Picture = NDArray[np.uint8]
 """(H, W, 3), or (H, W) for a grey set."""
@@ -143,6 +156,13 @@ class EvaluationRow:
         Of the degraded inputs, and of what the network made of them.
     seconds : float
         Mean time of restoring a picture, reading and scoring not counted.
+    blind : Score or None
+        Of what the network made of them untold, as the classifier decided; None if not asked for.
+    named : float or None
+        Fraction of the inputs whose degradation the classifier was sure of and right about, all
+        levels of noise counting as one.
+    classical : Score or None
+        Of the best classical tool, told the same; None if not asked for.
     """
 
     name: str
@@ -151,6 +171,16 @@ class EvaluationRow:
     given: Score
     restored: Score
     seconds: float
+    blind: Score | None = None
+    named: float | None = None
+    classical: Score | None = None
+
+    @property
+    def tool(self) -> str | None:
+        """The classical tool; None if none was asked for."""
+        if self.classical is None:
+            return None
+        return classical.BEST[self.told or Degradation.NOISE_25].name
 
     @property
     def sigma(self) -> float | None:
@@ -175,6 +205,10 @@ class EvaluationRow:
             "input": plain(self.given),
             "restored": plain(self.restored),
             "seconds": round(self.seconds, 4),
+            "blind": plain(self.blind) if self.blind else None,
+            "named": self.named,
+            "classical": plain(self.classical) if self.classical else None,
+            "tool": self.tool,
             "paper": plain(self.paper) if self.paper else None,
         }
 
@@ -220,24 +254,67 @@ class Evaluation:
 
     def markdown(self) -> str:
         """Return a table for people, with the notes that belong to its sets."""
-        lines = [
-            "| set | n | input PSNR / SSIM | restored PSNR / SSIM | paper PSNR / SSIM | s/image |",
-            "| --- | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for row in self.rows:
-            name = row.name if row.sigma is None else f"{row.name}, sigma {row.sigma:.0f}"
-            scores = " | ".join(cell(each) for each in (row.given, row.restored, row.paper))
-            lines.append(f"| {name} | {row.images} | {scores} | {row.seconds:.2f} |")
-        lines += ["", f"Weights: {self.weights or 'a network handed over'}. {PROTOCOL}"]
-        if self.limit is not None:
-            lines.append(f"Only the first {self.limit} pictures of each set: not a full score.")
-        if any(row.paper for row in self.rows):
-            lines.append(f"Paper: {PAPER_CITATION}.")
-        named = {row.name for row in self.rows}
-        notes = [
-            f"- {each.name} {each.note}" for each in IMAGE_SETS if each.note and each.name in named
-        ]
-        return "\n".join([*lines, "", *notes] if notes else lines)
+        return table(self.as_dict())
+
+
+def table(scores: Mapping[str, Any], *, timed: bool = True) -> str:
+    """Return what `Evaluation.as_dict` holds as a Markdown table with its notes.
+
+    Parameters
+    ----------
+    scores : mapping
+    timed : bool
+        Whether to show the time per image, which says little about another machine.
+    """
+    rows = scores["rows"]
+    columns = {
+        "input": [cell(row["input"]) for row in rows],
+        "classical": [cell(row.get("classical"), row.get("tool")) for row in rows],
+        "restored": [cell(row["restored"]) for row in rows],
+        "restored, untold": [cell(row.get("blind")) for row in rows],
+        "named": ["" if row.get("named") is None else f"{row['named']:.0%}" for row in rows],
+        "paper": [cell(row.get("paper")) for row in rows],
+        "s/image": [f"{row['seconds']:.2f}" if timed else "" for row in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = [
+        f"| set | n | {' | '.join(shown)} |",
+        f"| --- | ---: | {' | '.join(['---:'] * len(shown))} |",
+    ]
+    for row, cells in zip(rows, zip(*shown.values(), strict=True), strict=True):
+        sigma = "" if row["sigma"] is None else f", sigma {row['sigma']:.0f}"
+        lines.append(f"| {row['set']}{sigma} | {row['images']} | {' | '.join(cells)} |")
+    lines += ["", "Cells are PSNR in dB / SSIM."]
+    if "restored, untold" in shown:
+        lines.append(UNTOLD)
+    if "classical" in shown:
+        lines.append(CLASSICAL)
+    lines.append(f"Weights: {scores['weights']['name'] or 'a network handed over'}. {PROTOCOL}")
+    if scores["limit"] is not None:
+        lines.append(f"Only the first {scores['limit']} pictures of each set: not a full score.")
+    if "paper" in shown:
+        lines.append(f"Paper: {PAPER_CITATION}.")
+    named = {row["set"] for row in rows}
+    notes = [
+        f"- {each.name} {each.note}" for each in IMAGE_SETS if each.note and each.name in named
+    ]
+    return "\n".join([*lines, "", *notes] if notes else lines)
+
+
+def fill(document: str, scores: Mapping[str, Any]) -> str:
+    """Return a document with the table of `scores` between its lines `MARKS`.
+
+    Raises
+    ------
+    EvaluationError
+        If it has no such lines.
+    """
+    start, end = (document.find(mark) for mark in MARKS)
+    if not 0 <= start < end:
+        message = f"The document has no lines {MARKS[0]} and {MARKS[1]}, in this order; add them."
+        raise EvaluationError(message)
+    head = document[: start + len(MARKS[0])]
+    return f"{head}\n{table(scores, timed=False)}\n{document[end:]}"
 
 
 def plain(score: Score) -> dict[str, float | None]:
@@ -248,9 +325,12 @@ def plain(score: Score) -> dict[str, float | None]:
     }
 
 
-def cell(score: Score | None) -> str:
-    """Return a score as a cell of a table."""
-    return f"{score.psnr:.2f} / {score.ssim:.3f}" if score else ""
+def cell(score: Mapping[str, float | None] | None, tool: str | None = None) -> str:
+    """Return a score as a cell of a table, with the name of the tool that earned it."""
+    if score is None:
+        return ""
+    psnr, ssim = (math.inf if score[name] is None else score[name] for name in ("psnr", "ssim"))
+    return f"{psnr:.2f} / {ssim:.3f}" + (f" ({tool})" if tool else "")
 
 
 @lru_cache(maxsize=1)
@@ -277,6 +357,8 @@ def evaluate(
     sets: Sequence[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
+    blind: bool = False,
+    classically: bool = False,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Score a network on folders of public pictures by the protocol of the paper's tables.
@@ -296,6 +378,10 @@ def evaluate(
     seed : int
         Of the added noise, not negative. The draw of a picture depends on `seed`, the sigma and
         the picture's place in its folder, on nothing else.
+    blind : bool
+        Also restore untold, as the classifier decides.
+    classically : bool
+        Also restore by the best classical tool, see `dfpir.classical`.
     on_progress : callable, optional
         ``on_progress(done, total)`` in pictures; raising from it cancels.
 
@@ -335,7 +421,15 @@ def evaluate(
             on_progress(done, total)
 
     rows = tuple(
-        score_set(restorer, each, told, found, seed, picture_done)
+        score_set(
+            restorer,
+            each,
+            told,
+            read_pairs(found, each, told, seed),
+            blind,
+            classically,
+            picture_done,
+        )
         for each, found in pairs.items()
         for told in each.told or (None,)
     )
@@ -429,8 +523,9 @@ def score_set(
     restorer: Restorer,
     image_set: ImageSet,
     told: Degradation | None,
-    pairs: Sequence[tuple[Path, Path]],
-    seed: int,
+    pairs: Iterator[tuple[Picture, Picture]],
+    blind: bool,
+    classically: bool,
     picture_done: Callable[[], None],
 ) -> EvaluationRow:
     """Restore the pictures of a set, all told the same, and average their scores.
@@ -439,23 +534,62 @@ def score_set(
     ----------
     told : Degradation or None
         None estimates the level of the noise on each input.
-    pairs : sequence of tuple of Path
+    pairs : iterator of tuple of ndarray
         Input and target.
+    blind, classically : bool
+        What to score besides.
     picture_done : callable
         Called after each picture.
     """
-    before, after, seconds = [], [], 0.0
-    for given, target in read_pairs(pairs, image_set, told, seed):
-        degradation = told or Degradation.nearest_noise(noise_level(given))
+    scores: dict[str, list[Score]] = {"given": [], "restored": [], "blind": [], "classical": []}
+    named, seconds = [], 0.0
+    for given, target in pairs:
+        level = None if told else noise_level(given)
+        degradation = told or Degradation.nearest_noise(level or 0.0)
         start = time.perf_counter()
         restored = restore_whole(restorer, given, degradation)
         seconds += time.perf_counter() - start
-        before.append(compare(given, target))
-        after.append(compare(restored, target))
+        scores["given"].append(compare(given, target))
+        scores["restored"].append(compare(restored, target))
+        if blind:
+            found = diagnose(restorer, given)
+            named.append(is_right(found, degradation))
+            if found is None:
+                scores["blind"].append(scores["given"][-1])
+            elif found is degradation:
+                scores["blind"].append(scores["restored"][-1])
+            else:
+                scores["blind"].append(compare(restore_whole(restorer, given, found), target))
+        if classically:
+            filtered = classical.restore(given / np.float32(255), degradation, level)
+            scores["classical"].append(compare(filtered, target))
         picture_done()
+    count = len(scores["given"])
     return EvaluationRow(
-        image_set.name, told, len(pairs), mean(before), mean(after), seconds / len(pairs)
+        image_set.name,
+        told,
+        count,
+        mean(scores["given"]),
+        mean(scores["restored"]),
+        seconds / count,
+        mean(scores["blind"]) if blind else None,
+        round(sum(named) / count, 4) if blind else None,
+        mean(scores["classical"]) if classically else None,
     )
+
+
+def diagnose(restorer: Restorer, given: Picture) -> Degradation | None:
+    """Return the degradation that "auto" would remove; None where it would do nothing."""
+    pixels, _ = to_pixels(given)
+    found: Diagnosis = restorer.classify_pixels(pixels)[0]
+    return found.degradation if found.verdict == "degraded" else None
+
+
+def is_right(found: Degradation | None, truth: Degradation) -> bool:
+    """Whether a degradation was named rightly; all levels of noise are one."""
+    if found is None or (found.sigma is None) != (truth.sigma is None):
+        return False
+    return found is truth or found.sigma is not None
 
 
 def read_pairs(
