@@ -14,7 +14,7 @@ SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Shared memory a block may have, in bytes."""
 
 SPILLED = 1024
-"""Bytes a thread may spill: none of the kernels does but `correlate` with heads of 96 channels."""
+"""Bytes a thread may spill. Only `correlate`, and `gate` on sm_80, do."""
 
 
 def test_kernels_compile_for_sm_80_and_sm_90():
