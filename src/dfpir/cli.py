@@ -226,7 +226,9 @@ def add_evaluate(commands: Commands) -> None:
 def add_benchmark(commands: Commands) -> None:
     """Add `dfpir benchmark`."""
     parser = commands.add_parser("benchmark", help="measure speed, memory and agreement here")
-    parser.add_argument("--presets", nargs="+", metavar="NAME", help="paper, compact (default: both)")
+    parser.add_argument(
+        "--presets", nargs="+", metavar="NAME", help="paper, compact (default: both)"
+    )
     parser.add_argument("--sizes", nargs="+", type=size, metavar="HxW", help="sizes of pictures")
     parser.add_argument(
         "--variants", nargs="+", metavar="NAME", help="plain, compiled, dfpir (default: all)"

@@ -133,7 +133,7 @@ class Diagnosis:
     def name(self) -> str:
         """What can be handed on to `restore`: the degradation if that is sure, else the verdict."""
         if self.verdict == "degraded" and self.degradation:
-            return self.degradation.value
+            return str(self.degradation.value)
         return self.verdict
 
     @property

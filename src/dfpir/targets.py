@@ -85,7 +85,7 @@ class MemoryTarget:
 
     def write(self, index: Index, plane: NDArray[Any]) -> None:
         """Put one plane in."""
-        self.array[(*index, ...)] = plane
+        self.array[index] = plane
 
     def result(self) -> NDArray[Any]:
         """Return the array."""
