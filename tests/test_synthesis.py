@@ -104,3 +104,19 @@ def test_training_pairs_name_what_they_did(sharp):
         assert int(indices[number]) == nearest.index
     assert torch.equal(targets[1:8], pixels[1:8])
     assert all(not torch.equal(a, b) for a, b in zip(inputs, targets, strict=True))
+
+
+def test_noise_on_grey_is_grey_and_on_colour_is_not():
+    grey = torch.rand(2, 1, 16, 16, generator=seeded(0)).expand(-1, 3, -1, -1)
+    noisy = synthesis.gaussian_noise(grey, 25.0, seeded(1))
+    assert torch.equal(noisy, noisy[:, :1].expand_as(noisy))
+    assert 20 < 255 * float((noisy - grey).std()) < 30
+    coloured = synthesis.gaussian_noise(
+        torch.rand(2, 3, 16, 16, generator=seeded(0)), 25.0, seeded(1)
+    )
+    assert not torch.equal(coloured, coloured[:, :1].expand_as(coloured))
+    inputs, targets, _ = synthesis.noise_pairs(
+        torch.rand(60, 3, 8, 8, generator=seeded(2)), seeded(3)
+    )
+    turned = synthesis.is_grey(targets)
+    assert torch.equal(turned, synthesis.is_grey(inputs)) and 3 <= int(turned.sum()) <= 20

@@ -43,14 +43,21 @@ def quantised(pixels: Tensor) -> Tensor:
     return (pixels.clamp(0, 1) * LEVELS).round() / LEVELS
 
 
+def is_grey(pixels: Tensor) -> Tensor:
+    """Say of each image (N, C, H, W) whether its channels are equal; the shape is (N, 1, 1, 1)."""
+    return (pixels == pixels[:, :1]).flatten(1).all(dim=1).reshape(-1, 1, 1, 1)
+
+
 def gaussian_noise(pixels: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
-    """Add white Gaussian noise without clipping or quantising.
+    """Add white Gaussian noise without clipping or quantising; a grey picture stays grey.
 
     `sigma`, in grey levels of 0..255, is one number or one per image, shaped (N, 1, 1, 1).
     """
     if isinstance(sigma, Tensor):
         sigma = sigma.to(pixels.device)
-    return pixels + normal_like(pixels, generator) * (sigma / LEVELS)
+    noise = normal_like(pixels, generator)
+    noise = torch.where(is_grey(pixels), noise[:, :1], noise)
+    return pixels + noise * (sigma / LEVELS)
 
 
 def line_kernels(length: Tensor, width: Tensor, angle: Tensor, size: int) -> Tensor:
@@ -261,9 +268,13 @@ def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, T
     Half of the sigmas are the prompts' own, half spread from 3 to 75. Half of the images are
     clipped and quantised as in the paper's protocol; the others are dimmed, raised on a pedestal
     and left unclipped, as a camera's raw counts are, and their targets with them. Without these
-    a network learns that noise on dark ground must be darkened.
+    a network learns that noise on dark ground must be darkened. A sixth of the images are turned
+    grey: their noise is the same in all channels, which is no noise to a network that has only
+    seen it differ between them.
     """
     count = len(pixels)
+    turned = (torch.rand(count, 1, 1, 1, generator=generator) < 1 / 6).to(pixels.device)
+    pixels = torch.where(turned, pixels.mean(dim=1, keepdim=True), pixels)
     prompts = torch.tensor([15.0, 25.0, 50.0])
     exact = prompts[torch.randint(3, (count,), generator=generator)].reshape(-1, 1, 1, 1)
     spread = log_uniform(count, 3, 75, generator)
