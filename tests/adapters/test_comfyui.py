@@ -465,8 +465,9 @@ def test_root_file_is_guarded():
 def test_a_missing_core_is_named(tmp_path):
     (tmp_path / "__init__.py").write_bytes((PACK / "__init__.py").read_bytes())
     code = (
-        "import sys\n"
-        "sys.path = [p for p in sys.path if 'site-packages' not in p]\n"
+        "import os, sys\n"
+        "absent = lambda p: 'site-packages' in p or os.path.isdir(os.path.join(p, 'dfpir'))\n"
+        "sys.path = [p for p in sys.path if not absent(p)]\n"
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
         f"exec(compile(open({str(tmp_path / '__init__.py')!r}).read(), 'x', 'exec'), "
         f"{{'__file__': {str(tmp_path / '__init__.py')!r}, '__name__': 'x'}})"
