@@ -403,7 +403,7 @@ def test_bad_weights_are_explained_and_the_server_goes_on(server, degraded):
     assert status == 400
     details = reply["node_errors"]["5"]["errors"][0]["details"]
     assert "absent.safetensors is not in" in details and str(folder) in details
-    graph["5"]["inputs"]["model_name"] = "dfpir-compact-1"
+    graph["5"]["inputs"]["model_name"] = weights.default_name()
     assert server.run(graph)["3"]["images"]
 
 
