@@ -39,6 +39,7 @@ from dfpir.synthesis import (
     LEVELS,
     degrade,
     gaussian_noise,
+    is_grey,
     log_uniform,
     normal_like,
     quantised,
@@ -136,12 +137,12 @@ class Pools:
     @classmethod
     def of(cls, pictures: Pictures, drawings: list[Copies]) -> Pools:
         """Sort training pictures into pools; micrographs in colour are the stained ones."""
-        grey = [bool((np.ptp(copies[-1], axis=-1) == 0).all()) for copies in pictures.micrographs]
-        micrographs = list(zip(grey, pictures.micrographs, strict=True))
+        flat = [bool((np.ptp(copies[-1], axis=-1) == 0).all()) for copies in pictures.micrographs]
+        micrographs = list(zip(flat, pictures.micrographs, strict=True))
         return cls(
             pictures.photographs,
-            [copies for is_grey, copies in micrographs if is_grey],
-            [copies for is_grey, copies in micrographs if not is_grey],
+            [copies for grey, copies in micrographs if grey],
+            [copies for grey, copies in micrographs if not grey],
             drawings,
         )
 
@@ -314,8 +315,7 @@ def add_noise(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     growing = uniform(count, -3.0, 1.0, generator).clamp(min=0)
     deviation = sigma * (1 - growing + growing * signal).clamp(min=0).sqrt()
     coloured = normal_like(pixels, generator)
-    is_grey = (pixels[:, :1] == pixels).flatten(1).all(dim=1).reshape(-1, 1, 1, 1)
-    shared = uniform(count, 0, 1, generator) < torch.where(is_grey, 0.6, 0.1)
+    shared = uniform(count, 0, 1, generator) < torch.where(is_grey(pixels), 0.6, 0.1)
     noise = torch.where(shared, coloured[:, :1], coloured)
     noisy = sharp + noise * deviation / LEVELS
     return torch.where(raw, noisy, quantised(noisy)), sigma.flatten()
@@ -435,7 +435,7 @@ def validation_set(pictures: Pictures, side: int = 256) -> list[tuple[str, str, 
         for group, pixels in clean.items():
             cases.append((group, CLEAN, 0.0, pixels))
             for sigma in (8.0, 15.0, 25.0, 35.0, 50.0, 65.0):
-                noise = gaussian_noise(torch.zeros_like(pixels), sigma, generator)
+                noise = normal_like(pixels, generator) * (sigma / LEVELS)
                 if group in ("micrographs", "stretched"):
                     noise = noise[:, :1]
                 noisy = pixels + noise
