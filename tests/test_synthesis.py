@@ -75,6 +75,18 @@ def test_low_light_is_dark(sharp):
     assert (dark.mean(dim=(1, 2, 3)) < 0.6 * sharp.mean(dim=(1, 2, 3))).all()
 
 
+@pytest.mark.parametrize("brightness", [0.15, 0.3, 0.46, 0.7])
+def test_a_good_exposure_is_nearer_to_the_middle_and_keeps_order(sharp, brightness):
+    pixels = (sharp * brightness / sharp.mean(dim=(1, 2, 3), keepdim=True)).clamp(0, 1)
+    exposed = synthesis.well_exposed(pixels)
+    before, after = (
+        (side.mean(dim=(1, 2, 3)) - synthesis.WELL_EXPOSED).abs() for side in (pixels, exposed)
+    )
+    assert (after <= torch.maximum(0.6 * before, torch.tensor(0.03))).all()
+    for dim, bright in zip(pixels, exposed, strict=True):
+        assert (bright.flatten()[dim.flatten().argsort()].diff() >= -1e-6).all()
+
+
 def test_depth_spans_its_range(sharp):
     depth = synthesis.scene_depth(sharp, seeded())
     assert depth.shape == (2, 1, *sharp.shape[2:])
@@ -102,7 +114,8 @@ def test_training_pairs_name_what_they_did(sharp):
     for number in (0, 8):
         nearest = Degradation.nearest_noise(float(sigmas[number]))
         assert int(indices[number]) == nearest.index
-    assert torch.equal(targets[1:8], pixels[1:8])
+    assert torch.equal(targets[1:7], pixels[1:7])
+    torch.testing.assert_close(targets[7:8], synthesis.well_exposed(pixels[7:8]))
     assert all(not torch.equal(a, b) for a, b in zip(inputs, targets, strict=True))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from conftest import SMALL_COMPACT
 from dfpir import checkpoint, training
+from dfpir.degradation import Degradation
 from dfpir.files import write_image
 from dfpir.training import Pictures, Trainer, TrainingSettings
 
@@ -91,9 +92,29 @@ def test_patches_keep_their_size_and_vary(pictures):
 
 def test_shares_cover_everything():
     assert sum(training.SHARES.values()) == pytest.approx(1)
-    kinds = training.draw_kinds(2000, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    pixels = dict.fromkeys(training.SHARES, 0)
+    for _ in range(2000):
+        kinds, wide = training.draw_kinds(8, generator)
+        assert len(kinds) == (2 if wide else 8)
+        for kind in kinds:
+            assert wide == (kind in training.WIDE)
+            pixels[kind] += 4 if wide else 1
     for kind, share in training.SHARES.items():
-        assert kinds.count(kind) / 2000 == pytest.approx(share, abs=0.04)
+        assert pixels[kind] / 16_000 == pytest.approx(share, abs=0.04)
+
+
+def test_wide_patches_have_twice_the_side(pictures):
+    sides = set()
+    for step in range(20):
+        inputs, targets, indices = training.draw_part(
+            pictures, SETTINGS, step, 0, torch.device("cpu")
+        )
+        wide = {list(Degradation)[index] for index in indices} <= set(training.WIDE)
+        assert inputs.shape == targets.shape
+        assert inputs.shape[-1] == SETTINGS.patch * (2 if wide else 1)
+        sides.add(inputs.shape[-1])
+    assert len(sides) == 2
 
 
 def test_balance_weighs_small_errors_more_and_each_on_its_own():

@@ -213,13 +213,14 @@ def low_light(pixels: Tensor, generator: Generator) -> Tensor:
     """
     count = len(pixels)
     exposure = log_uniform(count, 0.006, 0.2, generator)
-    balance = 1 + 0.24 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
+    balance = 1 + 0.4 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     black = 0.001 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     noisy = (torch.rand(count, 1, 1, 1, generator=generator) < 0.8).float()
     smeared = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
     shot = noisy * log_uniform(count, 1e-6, 4e-4, generator)
     read = noisy * log_uniform(count, 1e-4, 2e-3, generator)
-    contrast = uniform(count, 0.8, 1.25, generator)
+    # Cameras draw curves of their own through the shadows.
+    contrast = log_uniform(count, 0.7, 1.45, generator)
     gain, black, smeared, shot, read, contrast = (
         value.to(pixels.device)
         for value in (exposure * balance, black, smeared, shot, read, contrast)
@@ -231,6 +232,21 @@ def low_light(pixels: Tensor, generator: Generator) -> Tensor:
     noise = torch.where(smeared, 2 * gaussian_blur2d(noise, (5, 5), (0.8, 0.8)), noise)
     sensed = photons + black + noise
     return quantised(linear_rgb_to_rgb(sensed.clamp(0, 1)) ** contrast)
+
+
+WELL_EXPOSED = 0.46
+"""Mean of a well exposed picture in sRGB: a reflectance of 18 % in linear light."""
+
+
+def well_exposed(pixels: Tensor) -> Tensor:
+    """Bring the mean of each picture most of the way to `WELL_EXPOSED`, by a gamma curve.
+
+    How bright a scene was cannot be told in the dark. What is restored has to be a good exposure
+    of it, not a guess at the one that somebody chose.
+    """
+    mean = pixels.mean(dim=(1, 2, 3), keepdim=True).clamp(0.02, 0.98)
+    exponent = (math.log(WELL_EXPOSED) / mean.log()) ** 0.8
+    return pixels.clamp(min=1e-4) ** exponent.clamp(0.5, 2)
 
 
 PHYSICAL: dict[Degradation, Callable[[Tensor, Generator], Tensor]] = {
@@ -320,7 +336,9 @@ def training_pairs(
             prompts = [Degradation.nearest_noise(float(sigma)) for sigma in sigmas[chosen]]
             indices[chosen] = torch.tensor([prompt.index for prompt in prompts])
         else:
-            inputs[chosen] = degrade(pixels[chosen], kind, generator)
+            if kind is Degradation.LOW_LIGHT:
+                targets[chosen] = well_exposed(pixels[chosen])
+            inputs[chosen] = degrade(targets[chosen], kind, generator)
             indices[chosen] = kind.index
             sigmas[chosen] = kind.sigma or 0.0
     return inputs, targets, indices.to(pixels.device), sigmas

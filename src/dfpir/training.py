@@ -45,19 +45,26 @@ MICROGRAPHS = "micrographs"
 """Pictures in a folder of this name are fluorescence or stained tissue, not photographs."""
 
 SHARES: dict[Degradation | None, float] = {
-    None: 0.52,  # noise of any strength
-    Degradation.RAIN: 0.13,
-    Degradation.HAZE: 0.12,
+    None: 0.50,  # noise of any strength
+    Degradation.RAIN: 0.11,
+    Degradation.HAZE: 0.15,
     Degradation.BLUR: 0.09,
-    Degradation.LOW_LIGHT: 0.14,
+    Degradation.LOW_LIGHT: 0.15,
 }
-"""Fraction of the patches that each degradation gets."""
+"""Fraction of the pixels that each degradation gets."""
 
 PART = 8
 """Patches that are drawn together, from random numbers of their own; a batch is one or more."""
 
 GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
 """Degradations judged from the whole scene: their patches are also cut from smaller copies."""
+
+WIDE = (*GLOBAL, Degradation.BLUR)
+"""Degradations whose patches have twice the side, a quarter as many for the same work.
+
+Haze and darkness are told from the scene, not from a corner of it, and a patch has to be wider
+than the path of a blur. Their parts of a batch are apart from those of noise and rain.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,8 @@ class TrainingSettings:
     patches : int
         Patches seen by the end; the learning rate falls along a cosine over them.
     batch, patch : int
-        Patches per step, and their side in pixels.
+        Patches per step, and their side in pixels. Four patches count as one of twice the side
+        (see `WIDE`).
     learning_rate : float
         Of AdamW, at its highest.
     warmup : int
@@ -184,11 +192,18 @@ def cut(
     return torch.from_numpy(patch.copy()).permute(2, 0, 1)
 
 
-def draw_kinds(count: int, generator: Generator) -> list[Degradation | None]:
-    """Choose what each patch of a batch suffers, by `SHARES`."""
-    kinds, shares = list(SHARES), torch.tensor(list(SHARES.values()))
+def draw_kinds(count: int, generator: Generator) -> tuple[list[Degradation | None], bool]:
+    """Choose by `SHARES` what each patch of a part suffers, and whether they are `WIDE` ones.
+
+    The shares are of pixels: a part has `count` patches, or a quarter of that if they are wide.
+    """
+    wide = sum(SHARES[kind] for kind in WIDE)
+    chosen = float(torch.rand((), generator=generator)) < wide
+    kinds = [kind for kind in SHARES if (kind in WIDE) == chosen]
+    shares = torch.tensor([SHARES[kind] for kind in kinds])
+    count = max(1, count // 4) if chosen else count
     drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
-    return [kinds[i] for i in drawn.tolist()]
+    return [kinds[i] for i in drawn.tolist()], chosen
 
 
 def part_generator(seed: int, step: int, part: int) -> Generator:
@@ -201,7 +216,7 @@ def draw_part(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs, targets and degradation indices of one part of a step, on `device`."""
     generator = part_generator(settings.seed, step, part)
-    kinds = draw_kinds(min(PART, settings.batch - part * PART), generator)
+    kinds, wide = draw_kinds(min(PART, settings.batch - part * PART), generator)
     patches = []
     for kind in kinds:
         # Micrographs have no rain, haze or darkness to learn from.
@@ -212,7 +227,7 @@ def draw_part(
             else pictures.photographs
         )
         copies = pool[int(torch.randint(len(pool), (), generator=generator))]
-        patches.append(cut(copies, kind, settings.patch, generator))
+        patches.append(cut(copies, kind, settings.patch * (2 if wide else 1), generator))
     pixels = torch.stack(patches).to(device).float() / 255
     return training_pairs(pixels, kinds, generator)[:3]
 
@@ -247,19 +262,25 @@ def validate(
 ) -> dict[str, float]:
     """Return the mean PSNR per degradation on the middle of each validation picture.
 
-    Micrographs count for noise only, as ``"<noise>, micrographs"``.
+    Where the whole scene matters (`GLOBAL`), the middle of its smallest copy. Micrographs count
+    for noise only, as ``"<noise>, micrographs"``.
     """
+
+    def middle(array: NDArray[np.uint8]) -> Tensor:
+        top, left = ((extent - side) // 2 for extent in array.shape[:2])
+        crop = array[max(top, 0) :, max(left, 0) :][:side, :side]
+        sharp = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float().to(device) / 255
+        return sharp[..., : sharp.shape[-2] // 16 * 16, : sharp.shape[-1] // 16 * 16]
+
     scores: dict[str, list[float]] = {}
     model.eval()
     for number, (path, array) in enumerate(pictures.validation):
         micrograph = MICROGRAPHS in path.parent.parts
-        top, left = ((extent - side) // 2 for extent in array.shape[:2])
-        crop = array[max(top, 0) :, max(left, 0) :][:side, :side]
-        sharp = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float().to(device) / 255
-        sharp = sharp[..., : sharp.shape[-2] // 16 * 16, : sharp.shape[-1] // 16 * 16]
+        closely, whole = middle(array), middle(pyramid(array, side)[-1])
         for kind in Degradation:
             if micrograph and kind.sigma is None:
                 continue
+            sharp = whole if kind in GLOBAL else closely
             generator = Generator().manual_seed(number * len(Degradation) + kind.index)
             inputs, targets, indices, _ = training_pairs(sharp, [kind], generator)
             restored = model(inputs, indices).clamp(0, 1)
@@ -412,19 +433,28 @@ class Trainer:
         self.model.load_state_dict(model.state_dict())
         self.average.load_state_dict(model.state_dict())
 
-    def learn(self, model: DFPIR, parts: Sequence[int]) -> Tensor:
-        """Add the gradient of some parts of a step to that of `model`, and return their errors."""
-        drawn = [
-            draw_part(self.pictures, self.settings, self.step, part, self.device) for part in parts
-        ]
-        inputs, targets, indices = (torch.cat(each) for each in zip(*drawn, strict=True))
+    def learn(self, model: DFPIR, parts: Sequence[int]) -> float:
+        """Add the gradient of some parts of a step to that of `model`; return their error.
+
+        Parts with patches of one size go through the network together. A part counts by its
+        pixels, whether its patches are many or wide.
+        """
         half = {"cpu": fast_bfloat16(), "cuda": True}.get(self.device.type, False)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            restored = model(inputs, indices)
-        errors: Tensor = (restored.float() - targets).abs().mean(dim=(1, 2, 3))
-        loss = (errors * balance(errors)).sum() / self.settings.batch
-        loss.backward()  # type: ignore[no-untyped-call]
-        return errors.detach()
+        groups: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        for part in parts:
+            drawn = draw_part(self.pictures, self.settings, self.step, part, self.device)
+            share = min(PART, self.settings.batch - part * PART) / self.settings.batch
+            weights = torch.full_like(drawn[2], share / len(drawn[2]), dtype=torch.float32)
+            groups.setdefault(drawn[0].shape[-1], []).append((*drawn, weights))
+        mean = 0.0
+        for group in groups.values():
+            inputs, targets, indices, weights = map(torch.cat, zip(*group, strict=True))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                restored = model(inputs, indices)
+            errors: Tensor = (restored.float() - targets).abs().mean(dim=(1, 2, 3))
+            (weights * errors * balance(errors)).sum().backward()  # type: ignore[no-untyped-call]
+            mean += float((weights * errors.detach()).sum())
+        return mean
 
     def train_step(self, pool: ThreadPoolExecutor | None = None) -> float:
         """Take one step and return its loss, the mean absolute error.
@@ -436,7 +466,7 @@ class Trainer:
         for model in self.replicas:
             model.zero_grad(set_to_none=True)
         work = map if pool is None else pool.map
-        errors = torch.cat(list(work(self.learn, self.replicas, self.shares)))
+        mean = sum(work(self.learn, self.replicas, self.shares))
         for model in self.replicas[1:]:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
                 assert mine.grad is not None and theirs.grad is not None
@@ -450,7 +480,7 @@ class Trainer:
             current: list[Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(averaged, current, 1 - decay)
         self.step += 1
-        return float(errors.mean())
+        return mean
 
     def threads(self) -> ThreadPoolExecutor:
         """Return one thread for each replica, none of which starts further ones."""
