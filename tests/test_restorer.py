@@ -379,6 +379,43 @@ def test_progress_covers_the_stack(restorer):
     assert {t for _, t in seen} == {total}
 
 
+@pytest.mark.parametrize("one_verdict", [True, False])
+def test_progress_with_sampled_statistics(restorer, verdict, one_verdict):
+    verdict(*[diagnosis("degraded", Degradation.RAIN)] * 3)
+    seen = []
+    restorer.restore_pixels(
+        torch.rand(3, 3, 40, 40),
+        tiling=Tiling(16, 8, statistics="sampled"),
+        one_verdict=one_verdict,
+        on_progress=lambda *call: seen.append(call),
+    )
+    judged, worked = seen[:3], seen[3:]
+    assert judged == [(0, 3)] * 3
+    tiles, measurings = 3 * 9, 1 if one_verdict else 3
+    total = module.SAMPLED_WINDOWS * measurings + tiles
+    assert {each for _, each in worked} == {total}
+    done = [each for each, _ in worked]
+    assert done == sorted(done) and done[-1] == total
+    assert len(set(done)) > total - 3  # of small steps all along
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_measuring_can_be_cancelled(restorer, monkeypatch, count):
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        if done >= module.SAMPLED_WINDOWS // 2:
+            raise Stop
+
+    monkeypatch.setattr(restorer, "run_tiles", lambda *_: pytest.fail("it has gone on"))
+    frames = torch.rand(count, 3, 40, 40)
+    with pytest.raises(Stop):
+        restorer.restore_pixels(
+            frames, "rain", tiling=Tiling(16, statistics="sampled"), on_progress=stop
+        )
+
+
 def test_cancel(restorer):
     class Stop(Exception):
         pass

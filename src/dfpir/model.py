@@ -525,13 +525,12 @@ class _Passes:
         shared: bool,
         rows: int | None,
         on_progress: Progress | None,
-        size: tuple[int, int],
+        pixels: int,
     ) -> None:
         self.indices, self.shared, self.rows = indices, shared, rows
         self.given: Iterator[Tensor] | None = None if given is None else iter(given)
         self.matrices: list[Tensor] = []
         self.on_progress = on_progress
-        pixels = size[0] * size[1] // model.config.stem**2
         self.steps_per_pass = max(round(pixels / PIXELS_PER_STEP), 1)
         self.total = self.steps_per_pass * model.passes(measured=given is None)
         self.begun = self.done = self.pixels = self.all_pixels = 0
@@ -732,15 +731,21 @@ class DFPIR(nn.Module):
         return self._walk(padded, _Definition(indices))[..., :height, :width]
 
     def measure(
-        self, windows: Tensor, degradation: DegradationArgument, *, rows: int | None = None
+        self,
+        windows: Tensor,
+        degradation: DegradationArgument,
+        *,
+        rows: int | None = None,
+        on_progress: Progress | None = None,
     ) -> Attention:
         """Return the attention matrices that `windows` of one image share.
 
         The sums over pixels behind each matrix run over all windows (N, 3, H, W) together. With
         the whole image as the only window these are the matrices that `forward` uses itself.
+        `rows` and `on_progress` are those of `forward`.
         """
         with torch.no_grad():
-            return self._restore(windows, degradation, None, rows, None, shared=True)[1]
+            return self._restore(windows, degradation, None, rows, on_progress, shared=True)[1]
 
     def _restore(
         self,
@@ -762,7 +767,7 @@ class DFPIR(nn.Module):
             shared=shared,
             rows=rows,
             on_progress=on_progress,
-            size=(padded.shape[-2], padded.shape[-1]),
+            pixels=padded[:, 0].numel() // self.config.stem**2,
         )
         restored = self._walk(padded, run)[..., :height, :width]
         return restored, tuple(run.matrices)

@@ -500,12 +500,13 @@ class Restorer:
         if steps:
             image = torch.empty_like(pixels)
             if tiling is not None and tiling.statistics == "sampled" and not diagnoses:
-                attention = self.sample(pixels, steps[0], tiling)
+                attention = self.sample(pixels, steps[0], tiling, on_progress)
+        measured = 0 if attention is None else SAMPLED_WINDOWS
         for number, step in enumerate(to_do if steps else ()):
             image[number] = pixels[number]
             if step is not None:
                 colours = colours_of(pixels[number])
-                progress = portion(on_progress, number, len(pixels))
+                progress = portion(on_progress, number, len(pixels), begun=measured)
                 restored = self.run(colours, step, tiling, progress, attention, course)
                 put_colours(
                     image[number],
@@ -619,12 +620,27 @@ class Restorer:
             if not isinstance(way, Tiling):
                 return self.model(given, degradation, rows=way, on_progress=on_progress)  # type: ignore[no-any-return]
             if attention is None:
-                attention = self.sample(pixels, degradation, way)
+                attention = self.sample(pixels, degradation, way, on_progress)
+                on_progress = portion(on_progress, 0, 1, begun=SAMPLED_WINDOWS)
             return self.run_tiles(given, degradation, way, on_progress, attention)
 
-    def sample(self, pixels: Tensor, degradation: Degradation, tiling: Tiling) -> Attention:
-        """Measure the attention on windows from all over a batch (N, C, H, W)."""
+    def sample(
+        self,
+        pixels: Tensor,
+        degradation: Degradation,
+        tiling: Tiling,
+        on_progress: Progress | None = None,
+    ) -> Attention:
+        """Measure the attention on windows from all over a batch (N, C, H, W).
+
+        Progress counts this as `SAMPLED_WINDOWS` steps, before one for each tile of the batch.
+        """
         count, _, height, width = pixels.shape
+        tiles = count * len(plan(height, width, tiling, self.model.config.multiple))
+
+        def report(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(done * SAMPLED_WINDOWS // total, SAMPLED_WINDOWS + tiles)
 
         def measure(side: int) -> Attention:
             side = min(side, height, width)
@@ -636,7 +652,9 @@ class Restorer:
                 colours = colours_of(pixels[number * count // total])
                 crops.append(colours[..., rows, columns].to(self.device, self.dtype))
             strips = self.strip_rows((side * total, side))
-            return self.model.measure(torch.cat(crops), degradation, rows=strips)
+            return self.model.measure(
+                torch.cat(crops), degradation, rows=strips, on_progress=report
+            )
 
         sides = [tiling.size, *(side for side in TILE_SIZES if side < tiling.size)]
         with torch.inference_mode():
@@ -664,12 +682,20 @@ class Restorer:
         return restored
 
 
-def portion(on_progress: Progress | None, number: int, count: int) -> Progress | None:
-    """Return a callable that reports one image's progress as a part of all `count` images'."""
+def portion(
+    on_progress: Progress | None, number: int, count: int, *, begun: int = 0
+) -> Progress | None:
+    """Return a callable that reports one image's progress as a part of all `count` images'.
+
+    Parameters
+    ----------
+    begun : int
+        Steps that went before the first image.
+    """
     if on_progress is None:
         return None
     report: Callable[[int, int], None] = on_progress
-    return lambda done, total: report(number * total + done, count * total)
+    return lambda done, total: report(begun + number * total + done, begun + count * total)
 
 
 @lru_cache(maxsize=1)
