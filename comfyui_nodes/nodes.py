@@ -121,13 +121,20 @@ class DFPIRRestore(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("restored", tooltip="The restored images, of the same size."),
+                io.Image.Output(
+                    "restored",
+                    display_name="restored",
+                    tooltip="The restored images, of the same size.",
+                ),
                 Name.Output(
                     "found",
+                    display_name="found",
                     tooltip="The degradation that was found or named; clean or unsure otherwise.",
                 ),
                 io.String.Output(
-                    "report", tooltip="What was found, how sure that is, and what was done."
+                    "report",
+                    display_name="report",
+                    tooltip="What was found, how sure that is, and what was done.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -206,7 +213,11 @@ class DFPIRLoadModel(io.ComfyNode):
                 )
             ],
             outputs=[
-                Model.Output("model", tooltip="Goes into the model input of Restore Image (DFPIR).")
+                Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="Goes into the model input of Restore Image (DFPIR).",
+                )
             ],
             **optional(search_aliases=["dfpir", "restoration model", "checkpoint"]),
         )
@@ -249,13 +260,22 @@ class DFPIRClassify(io.ComfyNode):
             outputs=[
                 Name.Output(
                     "degradation",
+                    display_name="degradation",
                     tooltip=(
                         "The degradation's name if it is sure, otherwise clean or unsure. Fits the "
                         "degradation input of Restore Image (DFPIR)."
                     ),
                 ),
-                io.Float.Output("confidence", tooltip="How likely the verdict is, 0 to 1."),
-                io.String.Output("report", tooltip="The verdict and all probabilities, as text."),
+                io.Float.Output(
+                    "confidence",
+                    display_name="confidence",
+                    tooltip="How likely the verdict is, 0 to 1.",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="The verdict and all probabilities, as text.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,  # so that it runs with nothing behind it

@@ -1,187 +1,29 @@
-"""The ComfyUI pack in a real server, over HTTP.
+"""The ComfyUI pack in a real server, over HTTP; see `comfyui_server` for what names one.
 
-``COMFYUI_DIR`` names a ComfyUI checkout and ``COMFYUI_PYTHON`` a Python with its requirements;
-without them the tests are skipped. dfpir itself is not expected there: the tests install it into a
-folder of their own.
+dfpir itself is not expected in ComfyUI's Python: the tests install it into a folder of their own.
 """
 
 import json
 import logging
-import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import uuid
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from comfyui_server import MARKS, PACK, PYTHON, ROOT, start
 from PIL import Image
+from safetensors.torch import save_file
 
-from dfpir import Degradation, checkpoint, cli, synthesis, weights
+from dfpir import checkpoint, cli, weights
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]
-PACK = ROOT / "comfyui_nodes"
-COMFYUI, PYTHON = os.environ.get("COMFYUI_DIR"), os.environ.get("COMFYUI_PYTHON")
-
-pytestmark = [
-    pytest.mark.comfyui,
-    pytest.mark.skipif(
-        not (COMFYUI and PYTHON), reason="COMFYUI_DIR and COMFYUI_PYTHON name no ComfyUI"
-    ),
-]
-
-
-class Server:
-    """A ComfyUI server on loopback with folders of its own."""
-
-    def __init__(self, base, port, **environment):
-        self.base, self.port, self.log = base, port, base / "server.log"
-        flags = ["--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch"]
-        flags += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
-        if "disable-api-nodes" in (Path(COMFYUI) / "comfy/cli_args.py").read_text("utf-8"):
-            flags.append("--disable-api-nodes")
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [PYTHON, "main.py", *flags],
-                cwd=COMFYUI,
-                env=os.environ | environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def wait(self, seconds=600):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and self.process.poll() is None:
-            try:
-                return self.get("/system_stats") and self
-            except OSError:
-                time.sleep(0.5)
-        pytest.fail(f"ComfyUI did not start:\n{self.log.read_text()[-4000:]}")
-
-    def request(self, path, data=None, **headers):
-        url = f"http://127.0.0.1:{self.port}{path}"
-        try:
-            asked = urllib.request.Request(url, data, headers)
-            with urllib.request.urlopen(asked, timeout=60) as reply:
-                return reply.status, reply.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-
-    def get(self, path):
-        status, body = self.request(path)
-        assert status == 200, f"{path}: {status} {body[:300]}"
-        return json.loads(body)
-
-    def post(self, path, content):
-        body = json.dumps(content).encode()
-        status, reply = self.request(path, body, **{"Content-Type": "application/json"})
-        return status, json.loads(reply or b"{}")
-
-    def queue(self, prompt):
-        status, reply = self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})
-        assert status == 200, reply
-        return reply["prompt_id"]
-
-    def finished(self, identity, seconds=900):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            history = self.get(f"/history/{identity}")
-            if identity in history:
-                return history[identity]
-            time.sleep(0.1)
-        pytest.fail(f"The prompt did not end:\n{self.log.read_text()[-4000:]}")
-
-    def run(self, prompt):
-        done = self.finished(self.queue(prompt))
-        assert done["status"]["status_str"] == "success", done["status"]
-        return done["outputs"]
-
-    def failure(self, prompt):
-        """Run a prompt that has to fail; return the words shown on the node."""
-        messages = dict(self.finished(self.queue(prompt))["status"]["messages"])
-        return messages["execution_error"]["exception_message"].strip()
-
-    def file(self, entry):
-        query = urllib.parse.urlencode({k: entry[k] for k in ("filename", "subfolder", "type")})
-        return self.request(f"/view?{query}")[1]
-
-    def pictures(self, outputs, node):
-        files = [self.file(entry) for entry in outputs[node]["images"]]
-        return [np.asarray(Image.open(BytesIO(file))) for file in files]
-
-    def give(self, name, picture):
-        folder = self.base / "input"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(folder / name)
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(60)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(base, place, **environment):
-    """Put the pack into a new custom_nodes by `place`, and start a server on it."""
-    (base / "custom_nodes").mkdir(parents=True)
-    place(base / "custom_nodes")
-    return Server(base, free_port(), **environment)
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder with dfpir as pip installs it, for PYTHONPATH."""
-    site = tmp_path_factory.mktemp("site")
-    command = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    command += ["--target", str(site), str(ROOT)]
-    subprocess.run([sys.executable, *command], check=True)
-    return site
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, installed):
-    """The pack's folder, copied, beside an installed dfpir."""
-    base = tmp_path_factory.mktemp("comfyui")
-
-    def place(nodes):
-        shutil.copytree(PACK, nodes / "dfpir", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(Path(__file__).with_name("comfyui_probe.py"), nodes)
-
-    started = start(base, place, PYTHONPATH=str(installed))
-    yield started.wait()
-    started.stop()
-
-
-@pytest.fixture(scope="module")
-def degraded():
-    """Pictures (H, W, 3) of uint8 by name."""
-    from skimage.data import astronaut
-
-    pixels = torch.from_numpy(np.ascontiguousarray(astronaut()[:200, 130:370]))
-    pixels = pixels.movedim(-1, 0)[None].float() / 255
-    pictures = {"clean": pixels}
-    for number, name in enumerate(("noise-25", "rain", "haze", "blur", "low-light")):
-        generator = torch.Generator().manual_seed(number)
-        pictures[name] = synthesis.degrade(pixels, Degradation.from_name(name), generator)
-    return {
-        name: (value[0].movedim(0, -1) * 255).round().byte().numpy()
-        for name, value in pictures.items()
-    }
+pytestmark = MARKS
+pytest_plugins = ["comfyui_fixtures"]
 
 
 def by_command_line(picture, folder, *options):
@@ -253,7 +95,9 @@ def test_pack_loads_without_a_warning(server):
     assert any("seconds: " in line for line in ours), "\n".join(lines)
     assert not [line for line in ours if "fail" in line.lower() or "error" in line.lower()]
     assert "Traceback" not in "\n".join(lines)
-    assert {"DFPIRRestore", "DFPIRLoadModel", "DFPIRClassify"} <= set(server.get("/object_info"))
+    declared = server.get("/object_info")
+    assert {"DFPIRRestore", "DFPIRLoadModel", "DFPIRClassify"} <= set(declared)
+    assert declared["DFPIRRestore"]["output_name"] == ["restored", "found", "report"]
 
 
 def test_help_translations_and_examples_are_served(server):
@@ -298,22 +142,8 @@ def test_example_diagnose_then_restore(server, degraded, tmp_path, name):
 
 
 def test_example_restore_video_frames(server, degraded):
-    code = (
-        "import av, sys, numpy as np\n"
-        "frames = np.load(sys.argv[1])\n"
-        "with av.open(sys.argv[2], 'w') as file:\n"
-        "    stream = file.add_stream('mpeg4', rate=8)\n"
-        "    stream.height, stream.width = frames.shape[1:3]\n"
-        "    stream.bit_rate = 20_000_000\n"
-        "    for frame in frames:\n"
-        "        file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, 'rgb24')))\n"
-        "    file.mux(stream.encode())\n"
-    )
-    frames = np.stack([np.roll(degraded["noise-25"], 2 * shift, axis=1) for shift in range(6)])
-    np.save(server.base / "frames.npy", frames)
-    video = server.base / "input/video.mp4"
-    video.parent.mkdir(exist_ok=True)
-    subprocess.run([PYTHON, "-c", code, str(server.base / "frames.npy"), str(video)], check=True)
+    frames = [np.roll(degraded["noise-25"], 2 * shift, axis=1) for shift in range(6)]
+    server.give_video("video.mp4", frames)
     graph = example(server, "restore_video_frames")
     outputs = server.run(graph)
     (saved,) = outputs[node_of(graph, "SaveVideo")]["images"]
@@ -368,9 +198,10 @@ def test_batch_of_frames(server, degraded):
     assert "images 1-3: Gaussian noise" in outputs["2"]["text"][0]
 
 
-def test_cancel_then_go_on(server, degraded):
+@pytest.mark.parametrize("statistics", ["whole", "sampled"])
+def test_cancel_then_go_on(server, degraded, statistics):
     process = psutil.Process(server.process.pid)
-    graph = prompt(degradation="rain")
+    graph = prompt(degradation="rain", statistics=statistics)
     graph["1"] = {"class_type": "DFPIRTestImage", "inputs": {"kind": "large"}}
     seen = server.log.read_text().count("DFPIRTestImage rss")
     identity = server.queue(graph)
@@ -395,13 +226,18 @@ def test_bad_weights_are_explained_and_the_server_goes_on(server, degraded):
     assert folder.is_dir()
     (folder / "damaged.safetensors").write_bytes(b"PK not weights at all")
     graph = prompt(degradation="rain", model=["5", 0])
-    graph["5"] = {"class_type": "DFPIRLoadModel", "inputs": {"model_name": "damaged.safetensors"}}
-    words = server.failure(graph)
-    assert "damaged.safetensors" in words and "\n" not in words
+    graph["5"] = {"class_type": "DFPIRLoadModel", "inputs": {}}
+    save_file({"weight": torch.zeros(3, 3)}, folder / "foreign.safetensors")
+    for name in ("damaged.safetensors", "foreign.safetensors"):
+        graph["5"]["inputs"]["model_name"] = name
+        words = server.failure(graph)
+        logger.info("%s: %s", name, words)
+        assert name in words and "\n" not in words and len(words) < 300
     graph["5"]["inputs"]["model_name"] = "absent.safetensors"
     status, reply = server.post("/prompt", {"prompt": graph})
     assert status == 400
     details = reply["node_errors"]["5"]["errors"][0]["details"]
+    logger.info("absent.safetensors: %s", details)
     assert "absent.safetensors is not in" in details and str(folder) in details
     graph["5"]["inputs"]["model_name"] = weights.default_name()
     assert server.run(graph)["3"]["images"]
@@ -413,7 +249,8 @@ def test_bad_images_are_explained_and_the_server_goes_on(server, degraded):
         graph = prompt(degradation="rain")
         graph["1"] = {"class_type": "DFPIRTestImage", "inputs": {"kind": kind}}
         message = server.failure(graph)
-        assert words in message and len(message) < 250
+        logger.info("%s: %s", kind, message)
+        assert words in message and "\n" not in message and len(message) < 250
     assert server.run(prompt(degradation="rain"))["3"]["images"]
 
 
