@@ -256,8 +256,7 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         message = f"{path}: no such weights file. `dfpir weights list` shows those there are."
         raise CheckpointError(message) from None
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        message = f"{path}: not a safetensors file, or a damaged one ({reason}). {advice(path)}"
+        message = f"{path}: not a safetensors file{explanation(path, error)}."
         raise CheckpointError(message) from None
 
 
@@ -330,16 +329,16 @@ def load(path: Path) -> DFPIR:
         raise CheckpointError(message) from None
 
 
-def advice(path: Path) -> str:
-    """Say what to do with a file that is not safetensors."""
+def explanation(path: Path, error: Exception) -> str:
+    """Say what a file is that is not safetensors, and what to do with it."""
     with path.open("rb") as file:
         start = file.read(4)
     if start[:2] in (b"PK", b"\x80\x02"):
         return (
-            "It looks like a PyTorch pickle, which can run code when opened; dfpir loads only "
-            "safetensors. Convert it by `dfpir weights import FILE --text-codes CODES.safetensors`."
+            " but a PyTorch pickle, which can run code when opened; convert it by "
+            "`dfpir weights import FILE --text-codes CODES.safetensors`"
         )
-    return "Expected a .safetensors file; the download may be damaged."
+    return f", or a damaged one ({' '.join(str(error).split())}); fetch it again or choose another"
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
