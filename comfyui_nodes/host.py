@@ -153,10 +153,13 @@ def to_intermediate(image: torch.Tensor) -> torch.Tensor:
 
 def show_text(text: str, node_id: str) -> None:
     """Show a text on a node of the page, below its widgets."""
-    # One page breaks lines within words if they are long, the other joins them: hence short
-    # lines that end like sentences.
-    sentences = "".join(f"{line.removesuffix('.')}.\n" for line in text.splitlines())
-    PromptServer.instance.send_progress_text(sentences.replace("; ", ";\n"), node_id)
+    # A new node has room for two short lines. One page breaks longer ones within words, the other
+    # joins lines: hence short ones that end like sentences, the verdict and what came of it first.
+    lines = []
+    for line in text.splitlines():
+        at, broken = (" (", "\n(") if " (" in line else ("; ", ";\n")
+        lines.append(line.removesuffix(".").replace(at, broken) + ".\n")
+    PromptServer.instance.send_progress_text("".join(lines), node_id)
 
 
 class Progress:

@@ -210,6 +210,13 @@ def test_result_is_the_cores(small, tiny_model, host):
     assert host.texts["7"].splitlines()[:2] == ["motion blur, as told;", "restored."]
 
 
+def test_the_verdict_stands_first_in_short_lines(nodes, host):
+    show = sys.modules[nodes["DFPIRRestore"].__module__].host.show_text
+    show("rain streaks (95% sure); restored\nStrength 100%; whole statistics", "7")
+    lines = ["rain streaks", "(95% sure); restored.", "Strength 100%;", "whole statistics."]
+    assert host.texts["7"].splitlines() == lines
+
+
 def test_sampled_statistics_measure_a_batch_once(small, monkeypatch):
     sampled = []
     sample = core.Restorer.sample
