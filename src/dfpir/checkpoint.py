@@ -298,7 +298,7 @@ def load(path: Path) -> DFPIR:
     if header.get("format") != FORMAT:
         message = (
             f"{path}: safetensors, but not written by dfpir: its format is "
-            f"{header.get('format')!r}, expected {FORMAT!r}. Import published weights by "
+            f"{header.get('format')!r}, expected {FORMAT!r}; import published weights by "
             "`dfpir weights import`."
         )
         raise CheckpointError(message)
