@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 def opened(viewer: "napari.viewer.Viewer") -> "RestorationWidget":
     """Return the widget, opened if need be."""
-    _, widget = viewer.window.add_plugin_dock_widget("dfpir", "Restoration")
+    from dfpir_napari._widget import docked_in
+
+    # napari would open a second one beside that of the menu, which it knows by another name.
+    widget = docked_in(viewer)
+    if widget is None:
+        _, widget = viewer.window.add_plugin_dock_widget("dfpir", "Restoration")
     return widget
 
 

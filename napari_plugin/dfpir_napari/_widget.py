@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,17 @@ from napari.qt.threading import create_worker
 from napari.utils import cancelable_progress
 from napari.utils.notifications import show_error, show_info, show_warning
 from qtpy.QtCore import Qt
-from qtpy.QtWidgets import QApplication, QComboBox, QFileDialog, QLabel, QScrollArea
+from qtpy.QtWidgets import (
+    QApplication,
+    QComboBox,
+    QDockWidget,
+    QFileDialog,
+    QGridLayout,
+    QLabel,
+    QScrollArea,
+    QVBoxLayout,
+    QWidget,
+)
 
 from dfpir.degradation import CLEAN, Degradation, caution, headline
 from dfpir_napari import _layers
@@ -45,6 +56,11 @@ DEGRADATIONS = [
 ]
 BY_NAME, ALIKE = "as the axes are named", "none: all planes are alike"
 ESTIMATES = "Restored values are estimates: look at them, segment them, do not measure them."
+REPORT = (
+    "How the restored values stand to the raw ones. Slope 1, offset 0 and an unchanged mean: "
+    "intensities were kept. A slope above 1: contrast was lost, or noise is left; below 1: "
+    "contrast was added."
+)
 WELCOME = "Diagnose says what is wrong; Restore changes the layer; Undo brings the original back."
 
 
@@ -56,31 +72,65 @@ def row(*widgets: Any) -> Container:
 
 
 def form(*widgets: Any) -> Container:
-    """Return widgets below each other, their labels at the left."""
-    box = Container(widgets=widgets, labels=True)
-    box.margins = (0, 0, 0, 0)
-    for each in widgets:
+    """Return widgets below each other, their labels in a column at the left."""
+    native = QWidget()
+    grid = QGridLayout(native)
+    grid.setContentsMargins(0, 0, 0, 0)
+    grid.setColumnStretch(1, 1)
+    # Not Container(labels=True): it measures the labels before napari's font is set.
+    for number, each in enumerate(widgets):
         if isinstance(each.native, QComboBox):
             policy = QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon
             each.native.setSizeAdjustPolicy(policy)
             each.native.setMinimumContentsLength(10)
-    return box
+        grid.addWidget(QLabel(each.label), number, 0)
+        grid.addWidget(each.native, number, 1)
+    return holding(native)
 
 
-def text() -> tuple[Container, QLabel]:
-    """Return a place for some lines of text, and the label in it."""
-    label = QLabel()
-    label.setWordWrap(True)
-    label.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
-    return holding(label), label
+class Lines(QLabel):
+    """Some lines of text that can be selected; they take no room while there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setWordWrap(True)
+        self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
+        self.hide()
+
+    def setText(self, words: str | None) -> None:
+        """Show other words."""
+        super().setText(words)
+        self.setVisible(bool(words))
 
 
-def holding(native: Any) -> Container:
+def below(*natives: QWidget) -> Container:
+    """Return Qt widgets below each other."""
+    native = QWidget()
+    column = QVBoxLayout(native)
+    column.setContentsMargins(0, 0, 0, 0)
+    for each in natives:
+        column.addWidget(each)
+    return holding(native)
+
+
+def holding(native: QWidget) -> Container:
     """Return a container around a Qt widget."""
     box = Container(labels=False)
     box.margins = (0, 0, 0, 0)
     box.native.layout().addWidget(native)
     return box
+
+
+WIDGETS: weakref.WeakSet[RestorationWidget] = weakref.WeakSet()
+
+
+def docked_in(viewer: Viewer) -> RestorationWidget | None:
+    """Bring up the widget that a viewer has already, with its undo; None if it has none."""
+    for widget in list(WIDGETS):
+        # Viewers are compared by their windows: they may come wrapped, and have no identity then.
+        if widget.is_in(viewer.window):
+            return widget
+    return None
 
 
 class RestorationWidget(Container):
@@ -99,20 +149,34 @@ class RestorationWidget(Container):
         self._worker: Any = None
         self._queue: list[Image] = []
         self._preview_layer: Layer | None = None
-        self._closed = False
+        self._closed = self._followed = False
         self._add_controls()
         self._connect()
         self._refresh()
+        WIDGETS.add(self)
 
     # What is seen
+
+    def is_in(self, window: Any) -> bool:
+        """Show the dock that holds the widget, if there is one in that window."""
+        if self._closed or self._viewer is None or self._viewer.window != window:
+            return False
+        place = self.native.parent()
+        while place is not None and not isinstance(place, QDockWidget):
+            place = place.parent()
+        if place is None:
+            return False
+        place.show()
+        place.raise_()
+        return True
 
     def _add_controls(self) -> None:
         layer = create_widget(annotation=Image, name="layer", label="layer")
         layer.tooltip = "The image layer to restore"
         scope = ComboBox(name="scope", choices=list(_layers.SCOPES.items()), value=_layers.PLANE)
         scope.tooltip = "Which part of the layer changes. The last two axes are the image plane."
-        region = ComboBox(name="region", choices=self._region_layers, nullable=True, visible=False)
-        region.tooltip = "A Shapes or Labels layer that marks where to restore"
+        region = ComboBox(name="region", choices=self._region_layers, nullable=True)
+        region.tooltip = "A Shapes or Labels layer that marks where to restore, for such a scope"
         degradation = ComboBox(name="degradation", choices=DEGRADATIONS, value="auto")
         degradation.tooltip = "What to remove; automatic acts only where the diagnosis is sure"
         strength = FloatSlider(name="strength", min=0.0, max=1.0, step=0.05, value=1.0)
@@ -127,10 +191,9 @@ class RestorationWidget(Container):
         self.undo.tooltip = "Bring back the very data the latest restoration replaced"
         self.cancel = PushButton(name="cancel", text="Cancel")
         self.progress = ProgressBar(name="progress", min=0, max=1000)
-        found, self._found = text()
+        self._found, self._status, self._report = Lines(), Lines(), Lines()
+        self._report.setToolTip(REPORT)
         self.bars = Bars()
-        status, self._status = text()
-        report, self._report = text()
         self.more = more = CheckBox(name="more", text="More", value=False)
         self._advanced = self._advanced_controls()
         choices = form(layer, scope, region, degradation, strength)
@@ -143,10 +206,7 @@ class RestorationWidget(Container):
                 row(self.diagnose, self.preview),
                 row(self.restore, self.undo),
                 self._work_row,
-                found,
-                holding(self.bars),
-                status,
-                report,
+                below(self._found, self.bars, self._status, self._report),
                 more,
                 self._advanced,
             ],
@@ -223,17 +283,18 @@ class RestorationWidget(Container):
         axes = range(layer.ndim - 2) if layer is not None else ()
         return [(BY_NAME, -2), (ALIKE, -1), *((f"axis {axis}", axis) for axis in axes)]
 
-    def _follow(self, event: Any) -> None:
+    def _follow(self, _: Any = None) -> None:
         """Take the layer that the user made active."""
-        chosen = [each for each in self.layer.choices if each == event.value]
-        if chosen and self._worker is None and event.value != self._preview_layer:
+        active = self._viewer.layers.selection.active if self._viewer is not None else None
+        chosen = self._known([active])
+        if chosen and self._worker is None and active != self._preview_layer:
             self.layer.value = chosen[0]
 
     def _layer_chosen(self, _: Any = None) -> None:
         self.channels.reset_choices()
-        self._found.clear()
+        self._found.setText("")
         self.bars.show_values({}, "")
-        self._report.clear()
+        self._report.setText("")
 
     def _forget_removed(self, event: Any) -> None:
         self._history.forget(event.value)
@@ -252,14 +313,18 @@ class RestorationWidget(Container):
         self.save.enabled = ready
         self._work_row.visible = running
         self.cancel.enabled = running
-        self.region.visible = self.scope.value in (_layers.REGION, _layers.REGION_OF_STACK)
+        self.region.enabled = self.scope.value not in (_layers.PLANE, _layers.STACK)
         if layer is not None and self.more.value:
             self.python.value = self._python_line(layer)
             self.python.native.setCursorPosition(0)
 
     def reset_choices(self, *_: Any) -> None:
         """Look for layers anew; napari calls this when they come and go."""
-        self._controls.reset_choices()
+        for control in (self.layer, self.region, self.channels):
+            control.reset_choices()
+        if not self._followed and self.layer.choices:
+            self._followed = True  # Once, when docked; magicgui has taken the first layer by then.
+            self._follow()
         self._refresh()
 
     def say(self, words: str) -> None:
@@ -316,9 +381,23 @@ class RestorationWidget(Container):
 
     # The buttons
 
+    def _may_begin(self, layers: list[Image]) -> bool:
+        """Say what is missing, since palette commands come at any time."""
+        if self.running:
+            show_warning("dfpir is at work already; wait for it, or cancel it first.")
+        elif not layers:
+            show_warning("dfpir: select an image layer first.")
+        return bool(layers) and not self.running
+
+    def _known(self, layers: list[Any]) -> list[Image]:
+        """Return the image layers among these, as napari's own objects."""
+        return [known for each in layers for known in self.layer.choices if known == each]
+
     def start_diagnosis(self, _: Any = None) -> None:
         """Ask the classifier."""
         layer = self.layer.value
+        if not self._may_begin(self._known([layer])):
+            return
         with self._reporting_errors():
             asked = self._request(layer, self.scope.value)
             steps = self._steps("classify_steps", _layers.stack_of(layer), **asked)
@@ -345,6 +424,8 @@ class RestorationWidget(Container):
     def start_preview(self, _: Any = None) -> None:
         """Restore what is in view into a temporary layer."""
         layer = self.layer.value
+        if not self._may_begin(self._known([layer])):
+            return
         with self._reporting_errors():
             scope = _layers.STACK if self.scope.value in _layers.WHOLE else _layers.PLANE
             asked = self._request(layer, scope)
@@ -402,12 +483,8 @@ class RestorationWidget(Container):
 
     def restore_layers(self, layers: list[Any]) -> None:
         """Restore image layers in place, one after the other."""
-        if self.running:
-            show_warning("dfpir is at work already; wait for it, or cancel it first.")
-            return
-        chosen = [known for each in layers for known in self.layer.choices if known == each]
-        if not chosen:
-            show_warning("dfpir: select an image layer first.")
+        chosen = self._known(layers)
+        if not self._may_begin(chosen):
             return
         self._queue = chosen
         self._next_layer()
@@ -470,7 +547,7 @@ class RestorationWidget(Container):
             self.say(f"{layer.name}: the original data are back.")
         else:
             show_warning(f"{layer.name} was changed by something else since; nothing was undone.")
-        self._report.clear()
+        self._report.setText("")
         self._refresh()
 
     def show_residual(self, _: Any = None) -> None:
@@ -575,6 +652,8 @@ class RestorationWidget(Container):
                 self.stop()
 
         def finish(result: Any) -> None:
+            if self._closed:
+                return
             with self._reporting_errors():
                 then(result)
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("napari", reason="napari is not installed")
 pytest.importorskip("pytestqt", reason="pytest-qt is not installed")
@@ -17,42 +16,16 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
 from napari.layers import Image
 
 import dfpir
-from dfpir import restorer as restorer_module
 from dfpir.degradation import Degradation, Diagnosis
-from dfpir.restorer import Restorer
 from dfpir.stacks import restore_stack
 from dfpir_napari import _widget
 from dfpir_napari._settings import Settings
 from dfpir_napari._widget import RestorationWidget
 
+pytest_plugins = ["napari_fixtures"]
+
 PATIENCE = 120_000
 """Milliseconds; nothing waits that long on a machine that is not overloaded."""
-
-
-@pytest.fixture
-def small(tiny_model, monkeypatch):
-    """Let the widget work with a small network."""
-    restorer = Restorer(model=tiny_model)
-    monkeypatch.setattr(restorer_module, "shared_restorer", lambda *_: restorer)
-    return restorer
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The widget leaves a thread to the screen, and the last bits depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """What is notified, in place of pop-ups."""
-    lines = []
-    for name in ("show_error", "show_info", "show_warning"):
-        monkeypatch.setattr(_widget, name, lines.append)
-    return lines
 
 
 @pytest.fixture
@@ -111,13 +84,19 @@ def test_widget_function_and_command_line_agree_exactly(qtbot, opened, tmp_path)
     np.testing.assert_array_equal(layer.data, tifffile.imread(target))
 
 
-@pytest.mark.parametrize(("gain", "offset"), [(1, 100), (16, 0), (257, 100)])
+@pytest.mark.parametrize("gain", [1, 16, 257])
+@pytest.mark.parametrize("offset", [0, 100])
 def test_gain_and_offset_do_not_matter(qtbot, small, opened, gain, offset):
     data = counts(40, 48)
-    once = small.restore(data, "noise-25").image.astype(float)
+    once = small.restore(data, "noise-25")
     layer = Image(data * gain + offset)
-    press(qtbot, opened(layer, degradation="noise-25"), "restore")
-    assert np.abs(layer.data - (once * gain + offset)).max() <= 0.5 * gain + 1
+    widget = opened(layer)
+    press(qtbot, widget, "diagnose")
+    expected = dfpir.classify(data).probabilities
+    assert widget.bars.values == pytest.approx(expected, abs=1e-3)
+    widget.degradation.value = "noise-25"
+    press(qtbot, widget, "restore")
+    assert np.abs(layer.data - (once.image.astype(float) * gain + offset)).max() <= 0.5 * gain + 1
 
 
 def test_colours_keep_their_kind(qtbot, small, opened, photograph):
