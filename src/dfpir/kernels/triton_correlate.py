@@ -35,22 +35,31 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
 ):
-    """Compute G[i, j] = sum over p of q[p, i] k[p, j], and squares; see `reference.correlate`."""
+    """Compute G[i, j] = sum over p of q[p, i] k[p, j], and squares; see `reference.correlate`.
+
+    A program has all queries of a head and a block of its keys.
+    """
     P: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS
+    KEY_BLOCKS: tl.constexpr = (D + BLOCK_KEYS - 1) // BLOCK_KEYS
     split = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64) // KEY_BLOCKS
+    key_block = tl.program_id(1) % KEY_BLOCKS
     image = tl.program_id(2).to(tl.int64)
-    splits, heads, images = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    splits, heads, images = tl.num_programs(0), tl.num_programs(1) // KEY_BLOCKS, tl.num_programs(2)
     within = tl.arange(0, BLOCK_D)
     known = within < D
     channel = head * D + within
+    key_within = key_block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    key_known = key_within < D
+    key_channel = head * D + key_within
     index = tl.arange(0, P)
     across = tl.cdiv(width, BLOCK_COLUMNS)
     tiles = across * tl.cdiv(written, BLOCK_ROWS)
-    gram = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    gram = tl.zeros((BLOCK_D, BLOCK_KEYS), dtype=tl.float32)
     query_squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    key_squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    key_squares = tl.zeros((BLOCK_KEYS,), dtype=tl.float32)
     for tile in range(split, tiles, splits):
         row = tile // across * BLOCK_ROWS + index // BLOCK_COLUMNS
         column = tile % across * BLOCK_COLUMNS + index % BLOCK_COLUMNS
@@ -77,15 +86,15 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
             row + above,
             column,
             inside,
-            channel,
-            known,
+            key_channel,
+            key_known,
             height,
             width,
             stride_row,
             stride_column,
             stride_channel,
             P,
-            BLOCK_D,
+            BLOCK_KEYS,
         ).to(key.dtype.element_ty)
         gram = tl.dot(
             tl.trans(left.to(OPERAND)), right.to(OPERAND), gram, input_precision=PRECISION
@@ -95,24 +104,29 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
         key_squares += tl.sum(right.to(tl.float32) * right.to(tl.float32), axis=0)
     place = (split * images + image) * heads + head
     tl.store(
-        products + place * D * D + within[:, None] * D + within[None, :],
+        products + place * D * D + within[:, None] * D + key_within[None, :],
         gram,
-        mask=known[:, None] & known[None, :],
+        mask=known[:, None] & key_known[None, :],
     )
-    tl.store(squares + place * 2 * D + within, query_squares, mask=known)
-    tl.store(squares + place * 2 * D + D + within, key_squares, mask=known)
+    # Every block of keys has the same queries; the first one tells their squares.
+    if key_block == 0:
+        tl.store(squares + place * 2 * D + within, query_squares, mask=known)
+    tl.store(squares + place * 2 * D + D + key_within, key_squares, mask=key_known)
 
 
 def blocks(each: int) -> dict[str, int]:
     """Return the block sizes for heads of so many channels, and the warps that share a block.
 
-    Loads are not staged ahead: nine taps of each would fill the shared memory.
+    The largest with which no register is spilled. Loads are not staged ahead: nine taps of each
+    would fill the shared memory.
     """
+    wide = max(triton.next_power_of_2(each), 16)
     return {
-        "BLOCK_ROWS": BLOCK_ROWS // 2 if each <= 64 else BLOCK_ROWS // 4,
+        "BLOCK_ROWS": BLOCK_ROWS // 4,
         "BLOCK_COLUMNS": BLOCK_COLUMNS,
-        "BLOCK_D": max(triton.next_power_of_2(each), 16),
-        "num_warps": 8 if each > 32 else 4,
+        "BLOCK_D": wide,
+        "BLOCK_KEYS": wide if wide <= 64 else 32,
+        "num_warps": 8 if each > 16 else 4,
         "num_stages": 1,
     }
 
@@ -138,7 +152,7 @@ def launch(
         (splits, count, heads, each, each), dtype=torch.float32, device=query.device
     )
     squares = torch.empty((splits, count, heads, 2, each), dtype=torch.float32, device=query.device)
-    correlate_kernel[(splits, heads, count)](
+    correlate_kernel[(splits, heads * triton.cdiv(each, sizes["BLOCK_KEYS"]), count)](
         query,
         key,
         query_filters.contiguous(),
