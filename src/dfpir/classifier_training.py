@@ -14,6 +14,7 @@ import logging
 import math
 import string
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -593,10 +594,10 @@ class ClassifierTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 
-    def train_step(self) -> float:
-        """Take one step and return its loss."""
+    def train_step(self, drawn: tuple[Tensor, Tensor, Tensor] | None = None) -> float:
+        """Take one step and return its loss; what it learns from may have been drawn before."""
         settings = self.settings
-        pixels, kinds, sigmas = draw_batch(self.pools, settings, self.step)
+        pixels, kinds, sigmas = drawn or draw_batch(self.pools, settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(settings, self.seen)
         self.model.train()
@@ -628,9 +629,16 @@ class ClassifierTrainer:
         losses: list[float] = []
         started = saved = time.monotonic()
         before = self.seconds
-        with tqdm(total=self.settings.patches, initial=self.seen, unit="patch") as bar:
+        with (
+            tqdm(total=self.settings.patches, initial=self.seen, unit="patch") as bar,
+            ThreadPoolExecutor(1) as drawer,
+        ):
+            # The next patches are drawn while the network learns from these.
+            drawn = drawer.submit(draw_batch, self.pools, self.settings, self.step)
             while self.seen < self.settings.patches:
-                losses.append(self.train_step())
+                ahead = drawer.submit(draw_batch, self.pools, self.settings, self.step + 1)
+                losses.append(self.train_step(drawn.result()))
+                drawn = ahead
                 self.seconds = before + time.monotonic() - started
                 bar.update(self.settings.batch)
                 bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}")

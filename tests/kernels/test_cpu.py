@@ -47,7 +47,7 @@ def passes_over(images, rows):
         shared=False,
         rows=rows,
         on_progress=None,
-        size=images.shape[-2:],
+        pixels=images[:, 0].numel(),
     )
 
 
