@@ -206,6 +206,11 @@ def draw_kinds(count: int, generator: Generator) -> tuple[list[Degradation | Non
     return [kinds[i] for i in drawn.tolist()], chosen
 
 
+def part_size(settings: TrainingSettings, part: int) -> int:
+    """Return how many patches of a step are in one of its parts; the last one may have fewer."""
+    return min(PART, settings.batch - part * PART)
+
+
 def part_generator(seed: int, step: int, part: int) -> Generator:
     """Return the source of all random numbers of one part of one step."""
     return Generator().manual_seed((seed << 40) + (step << 8) + part)
@@ -216,7 +221,7 @@ def draw_part(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs, targets and degradation indices of one part of a step, on `device`."""
     generator = part_generator(settings.seed, step, part)
-    kinds, wide = draw_kinds(min(PART, settings.batch - part * PART), generator)
+    kinds, wide = draw_kinds(part_size(settings, part), generator)
     patches = []
     for kind in kinds:
         # Micrographs have no rain, haze or darkness to learn from.
@@ -443,7 +448,7 @@ class Trainer:
         groups: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
         for part in parts:
             drawn = draw_part(self.pictures, self.settings, self.step, part, self.device)
-            share = min(PART, self.settings.batch - part * PART) / self.settings.batch
+            share = part_size(self.settings, part) / self.settings.batch
             weights = torch.full_like(drawn[2], share / len(drawn[2]), dtype=torch.float32)
             groups.setdefault(drawn[0].shape[-1], []).append((*drawn, weights))
         mean = 0.0
