@@ -87,10 +87,28 @@ def test_a_good_exposure_is_nearer_to_the_middle_and_keeps_order(sharp, brightne
         assert (bright.flatten()[dim.flatten().argsort()].diff() >= -1e-6).all()
 
 
-def test_depth_spans_its_range(sharp):
-    depth = synthesis.scene_depth(sharp, seeded())
-    assert depth.shape == (2, 1, *sharp.shape[2:])
-    assert float(depth.amin()) == 0 and float(depth.amax()) == pytest.approx(1, abs=0.02)
+def test_depth_is_that_of_a_scene(sharp):
+    depth = synthesis.scene_depth(sharp[:1].expand(300, -1, -1, -1), seeded())
+    assert depth.shape == (300, 1, *sharp.shape[2:])
+    assert float(depth.amin()) > 0
+    torch.testing.assert_close(depth.amax(dim=(2, 3)), torch.ones(300, 1))
+    nearest = depth.amin(dim=(2, 3))
+    # Some are almost flat; most reach from a few steps away to a good way off.
+    assert float(nearest.max()) > 0.5 and float(nearest.median()) < 0.3
+    # What lies lower is nearer, more often than not.
+    lower, upper = depth[:, :, -32:].mean(dim=(1, 2, 3)), depth[:, :, :32].mean(dim=(1, 2, 3))
+    assert 0.5 < float((lower < upper).float().mean()) < 0.95
+
+
+def test_haze_thickens_with_depth(sharp, monkeypatch):
+    ramp = torch.linspace(0.05, 1, sharp.shape[-1]).expand(2, 1, *sharp.shape[2:])
+    monkeypatch.setattr(synthesis, "scene_depth", lambda *_: ramp)
+    hazy = synthesis.haze(sharp, seeded(2))
+    kept = (hazy - hazy.mean(2, True)).abs().mean((1, 2)) / (
+        (sharp - sharp.mean(2, True)).abs().mean((1, 2)) + 1e-3
+    )
+    near, far = kept[:, :40].mean(dim=1), kept[:, -40:].mean(dim=1)
+    assert (near > 1.2 * far).all()
 
 
 def test_noise_pairs_are_half_raw(sharp):

@@ -94,7 +94,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_restore(commands: Commands) -> None:
     """Add `dfpir restore`."""
     parser = commands.add_parser("restore", help="restore pictures")
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="pictures or folders")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="IN", help="pictures, folders, a .zarr"
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -132,6 +134,11 @@ def add_restore(commands: Commands) -> None:
     )
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="write what became of each file, as JSON"
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="let a Dask cluster restore one .zarr picture, e.g. tcp://10.0.0.1:8786",
     )
     add_device(parser)
     parser.set_defaults(run=run_restore)
@@ -297,10 +304,44 @@ def run_restore(options: argparse.Namespace) -> int:
     """Carry out `dfpir restore`."""
     from dfpir.folders import PlanError
 
+    if any(path.suffix.lower() == ".zarr" for path in options.inputs) or options.scheduler:
+        return restore_slide(options)
     try:
         return restore_pictures(options)
     except PlanError as error:
         raise UsageError(str(error)) from error
+
+
+def restore_slide(options: argparse.Namespace) -> int:
+    """Restore one zarr array or OME-Zarr picture; see `dfpir.zarr_files`."""
+    from dfpir.zarr_files import restore_zarr
+
+    unfit = [
+        name
+        for name in ("compare", "recursive", "resume", "retry_failed", "dry_run", "report")
+        if getattr(options, name)
+    ]
+    if len(options.inputs) != 1 or options.inputs[0].suffix.lower() != ".zarr":
+        message = "a .zarr is restored alone, and --scheduler is for one; name one .zarr folder"
+        raise UsageError(message)
+    if unfit:
+        message = f"--{unfit[0].replace('_', '-')} is for pictures, not for a .zarr; leave it out"
+        raise UsageError(message)
+    source = options.inputs[0]
+    with Bar(source.name) as progress:
+        done = restore_zarr(
+            source,
+            options.output,
+            options.degradation,
+            scheduler=options.scheduler,
+            overwrite=options.overwrite,
+            weights=options.weights,
+            device=options.device,
+            strength=options.strength,
+            on_step=lambda step: progress(round(1000 * step.fraction), 1000),
+        )
+    say(f"{source} -> {options.output}: {done.summary}")
+    return 0
 
 
 def restore_pictures(options: argparse.Namespace) -> int:

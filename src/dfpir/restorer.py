@@ -650,15 +650,24 @@ class Restorer:
             for number in range(total):
                 rows, columns = places[number % len(places)]
                 colours = colours_of(pixels[number * count // total])
-                crops.append(colours[..., rows, columns].to(self.device, self.dtype))
-            strips = self.strip_rows((side * total, side))
-            return self.model.measure(
-                torch.cat(crops), degradation, rows=strips, on_progress=report
-            )
+                crops.append(colours[..., rows, columns])
+            return self.measure(torch.cat(crops), degradation, report)
 
         sides = [tiling.size, *(side for side in TILE_SIZES if side < tiling.size)]
+        return first_that_fits([partial(measure, side) for side in sides], self.device)[1]
+
+    def measure(
+        self, crops: Tensor, degradation: Degradation, on_progress: Progress | None = None
+    ) -> Attention:
+        """Measure the attention on crops (N, 3, H, W) of one image together."""
+        count, _, height, width = crops.shape
         with torch.inference_mode():
-            return first_that_fits([partial(measure, side) for side in sides], self.device)[1]
+            return self.model.measure(
+                crops.to(self.device, self.dtype),
+                degradation,
+                rows=self.strip_rows((height * count, width)),
+                on_progress=on_progress,
+            )
 
     def run_tiles(
         self,

@@ -113,17 +113,21 @@ def smooth_field(count: int, height: int, width: int, cells: int, generator: Gen
 
 
 def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
-    """Invent a depth map (N, 1, H, W) in 0..1 with planes, soft relief and edges of the picture.
+    """Invent a depth map (N, 1, H, W), 1 where it is farthest, as of a street or a room.
 
-    A random mixture of colours, smoothed and cut into bands, stands for objects at different
-    distances: its edges lie on edges of the picture.
+    The inverse depth of a plane is linear in the coordinates of a picture. What is seen of a
+    floor, a ceiling, two walls and the ground between them is the nearest of their planes; some of
+    them are absent. On it lie soft relief and objects: a random mixture of colours, smoothed and
+    cut into bands, has its edges on edges of the picture.
     """
     count, _, height, width = pixels.shape
-    rows = torch.linspace(-1, 1, height)[:, None]
-    columns = torch.linspace(-1, 1, width)[None, :]
-    tilt = uniform(count, -1.0, 1.0, generator)
-    slope = uniform(count, -1.0, 0.4, generator)  # Usually farther towards the top.
-    plane = slope * rows + 0.6 * tilt * columns
+    rows = torch.linspace(-1, 1, height)[:, None] - uniform(count, -0.6, 0.6, generator)
+    columns = torch.linspace(-1, 1, width)[None, :] - uniform(count, -0.6, 0.6, generator)
+    nearness = torch.ones(count, 1, height, width)
+    for distance, likely in ((rows, 0.8), (-rows, 0.4), (columns, 0.4), (-columns, 0.4)):
+        present = torch.rand(count, 1, 1, 1, generator=generator) < likely
+        steepness = log_uniform(count, 0.7, 6, generator) * present
+        nearness = torch.maximum(nearness, steepness * distance)
     relief = smooth_field(count, height, width, 4, generator)
     mixture = torch.rand(count, 3, 1, 1, generator=generator) - 0.3
     blurred = gaussian_blur2d(pixels.cpu(), (9, 9), (2.0, 2.0))
@@ -133,10 +137,9 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
     )
     bands = uniform(count, 2, 6, generator).round()
     objects = (objects * bands).round() / bands
-    weights = torch.rand(3, count, 1, 1, 1, generator=generator)
-    depth = weights[0] * plane + weights[1] * relief + weights[2] * objects
-    low, high = depth.amin((2, 3), True), depth.amax((2, 3), True)
-    return ((depth - low) / (high - low + 1e-3)).to(pixels.device)
+    strength = uniform(count, 0, 1, generator), uniform(count, 0, 1, generator)
+    nearness = nearness * torch.exp(strength[0] * relief + strength[1] * objects)
+    return (nearness.amin((2, 3), True) / nearness).to(pixels.device)
 
 
 def haze(pixels: Tensor, generator: Generator) -> Tensor:
@@ -147,16 +150,11 @@ def haze(pixels: Tensor, generator: Generator) -> Tensor:
     .. [1] Narasimhan and Nayar, "Vision and the Atmosphere", IJCV 2002, section 3.
     """
     count = len(pixels)
-    near = uniform(count, 0.1, 0.7, generator)
-    span = uniform(count, 0.1, 1.0, generator)
-    thickness = uniform(count, 0.5, 2.2, generator)
+    thickness = log_uniform(count, 0.7, 5.0, generator)  # At the farthest point.
     light = uniform(count, 0.65, 1.0, generator)
     tint = 1 + 0.06 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
-    near, span, thickness, light = (
-        value.to(pixels.device) for value in (near, span, thickness, light * tint)
-    )
-    depth = near + span * scene_depth(pixels, generator)
-    transmission = torch.exp(-thickness * depth)
+    thickness, light = (value.to(pixels.device) for value in (thickness, light * tint))
+    transmission = torch.exp(-thickness * scene_depth(pixels, generator))
     return quantised(pixels * transmission + light * (1 - transmission))
 
 
@@ -212,15 +210,16 @@ def low_light(pixels: Tensor, generator: Generator) -> Tensor:
     pixels, as the interpolation of colours and a camera's own denoising leave it.
     """
     count = len(pixels)
-    exposure = log_uniform(count, 0.006, 0.2, generator)
+    # Cameras draw curves of their own through the shadows; the steepest are those of files that
+    # hold light itself, without its usual encoding.
+    contrast = log_uniform(count, 0.7, 2.4, generator)
+    exposure = log_uniform(count, 0.006, 0.2, generator) ** (1 / contrast)
     balance = 1 + 0.4 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     black = 0.001 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     noisy = (torch.rand(count, 1, 1, 1, generator=generator) < 0.8).float()
     smeared = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
     shot = noisy * log_uniform(count, 1e-6, 4e-4, generator)
     read = noisy * log_uniform(count, 1e-4, 2e-3, generator)
-    # Cameras draw curves of their own through the shadows.
-    contrast = log_uniform(count, 0.7, 1.45, generator)
     gain, black, smeared, shot, read, contrast = (
         value.to(pixels.device)
         for value in (exposure * balance, black, smeared, shot, read, contrast)

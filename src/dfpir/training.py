@@ -33,6 +33,7 @@ from dfpir import checkpoint
 from dfpir.degradation import Degradation
 from dfpir.files import find_images, read_image
 from dfpir.model import DFPIR, PERTURBED, DFPIRConfig
+from dfpir.muon import Muon, is_matrix
 from dfpir.restorer import choose_device
 from dfpir.synthesis import training_pairs
 from dfpir.weights import load_model
@@ -79,7 +80,7 @@ class TrainingSettings:
         Patches per step, and their side in pixels. Four patches count as one of twice the side
         (see `WIDE`).
     learning_rate : float
-        Of AdamW, at its highest.
+        Of Muon for matrices and AdamW for the rest, at its highest.
     warmup : int
         Patches over which the learning rate rises.
     average : float
@@ -332,7 +333,7 @@ def sharing(model: DFPIR) -> DFPIR:
 
 
 class Trainer:
-    """State of one run: the network, its average, the optimiser, and the log.
+    """State of one run: the network, its average, the optimisers, and the log.
 
     Parameters
     ----------
@@ -356,17 +357,13 @@ class Trainer:
         self.pictures, self.device, self.state_file = pictures, device, state_file
         self.model = new_model(config, settings.seed).to(device)
         self.average = new_model(config, settings.seed).to(device).requires_grad_(False)
-        decayed = [value for value in self.model.parameters() if value.ndim > 1]
-        others = [value for value in self.model.parameters() if value.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": settings.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=settings.learning_rate,
-            betas=(0.9, 0.99),
-            fused=True,
-        )
+        matrices = [value for value in self.model.parameters() if is_matrix(value)]
+        others = [value for value in self.model.parameters() if not is_matrix(value)]
+        rate = settings.learning_rate
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=rate, weight_decay=settings.weight_decay),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+        ]
         parts = math.ceil(settings.batch / PART)
         workers = min(torch.get_num_threads(), parts) if device.type == "cpu" else 1
         self.replicas = [self.model, *(sharing(self.model) for _ in range(workers - 1))]
@@ -392,7 +389,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
             "log": self.log,
@@ -421,7 +418,8 @@ class Trainer:
             raise ValueError(message)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
 
     def start_from(self, model: DFPIR) -> None:
@@ -466,8 +464,9 @@ class Trainer:
 
         With a pool of threads the replicas work side by side.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.seen)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.settings, self.seen)
         for model in self.replicas:
             model.zero_grad(set_to_none=True)
         work = map if pool is None else pool.map
@@ -477,7 +476,8 @@ class Trainer:
                 assert mine.grad is not None and theirs.grad is not None
                 mine.grad += theirs.grad
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         # A short memory at first, so that the random start is soon forgotten.
         decay = min(self.settings.average, (self.step + 1) / (self.step + 10))
         with torch.no_grad():

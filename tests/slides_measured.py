@@ -1,0 +1,189 @@
+"""What slides take: memory, throughput on a cluster, and whether blocks can be seen.
+
+    python tests/slides_measured.py memory [--side 20000]
+    python tests/slides_measured.py cluster [--side 4096]
+    python tests/slides_measured.py seams [--side 4096] [--pictures FILE ...]
+
+`memory` restores a zarr array in a process of its own and reports the most it held. `cluster` does
+so on local workers of one thread each: one, two, and two of which one is killed halfway. `seams`
+compares blocks, with sampled statistics, to the picture restored as a whole, for every degradation.
+"""
+
+# ruff: noqa: T201 - a script; printing is what it is for
+
+import argparse
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from skimage import data, transform
+
+from dfpir import files, slides, synthesis
+from dfpir.degradation import Degradation
+from dfpir.restorer import Restorer
+from dfpir.zarr_files import restore_zarr
+
+BLOCK = slides.BLOCK
+
+
+def scene(side):
+    """Photographs side by side, (side, side, 3) of 0..1, from those of scikit-image."""
+    photographs = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket(), data.retina()]
+    canvas = np.zeros((side, side, 3), np.float32)
+    cell = -(-side // 4)
+    for number in range(16):
+        picture = photographs[number % len(photographs)]
+        square = min(picture.shape[:2])
+        part = np.rot90(picture[:square, :square], number // len(photographs))
+        part = transform.resize(part, (cell, cell), order=3).clip(0, 1)
+        top, left = (number // 4) * cell, (number % 4) * cell
+        space = canvas[top : top + cell, left : left + cell]
+        space[:] = part[: space.shape[0], : space.shape[1]]
+    return canvas
+
+
+def write_noisy(path, side):
+    """Write a noisy grey slide, chunk by chunk."""
+    array = zarr.create_array(str(path), shape=(side, side), chunks=(BLOCK, BLOCK), dtype=np.uint8)
+    generator = np.random.default_rng(0)
+    picture = np.tile(data.camera(), (BLOCK // 512, BLOCK // 512)).astype(np.float32)
+    for top in range(0, side, BLOCK):
+        for left in range(0, side, BLOCK):
+            noisy = picture + generator.normal(0, 25, picture.shape).astype(np.float32)
+            block = noisy[: side - top, : side - left].clip(0, 255).astype(np.uint8)
+            array[top : top + BLOCK, left : left + BLOCK] = block
+    return path
+
+
+def memory(options):
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_noisy(Path(folder, "in.zarr"), options.side)
+        started = time.monotonic()
+        command = ["restore", source, "-o", Path(folder, "out.zarr"), "--degradation", "noise-25"]
+        subprocess.run([sys.executable, "-m", "dfpir", *map(str, command)], check=True)
+        seconds = time.monotonic() - started
+        written = zarr.open_array(str(Path(folder, "out.zarr")), mode="r")
+        middle = slice(options.side // 2, options.side // 2 + 512)
+        spread = float(np.std(written[middle, middle].astype(float)))
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    megapixels = options.side**2 / 1e6
+    print(f"{options.side} x {options.side}: {seconds:.0f} s, {megapixels / seconds:.2f} MP/s")
+    print(f"peak of the process: {peak / 1e9:.2f} GB; standard deviation amid: {spread:.1f}")
+
+
+def cluster(options):
+    from distributed import Client, LocalCluster
+
+    def run(folder, source, workers, kill=False):
+        output = Path(folder, f"{workers}{'-killed' if kill else ''}.zarr")
+        with (
+            LocalCluster(workers, threads_per_worker=1, dashboard_address=None) as local,
+            Client(local) as client,
+        ):
+            client.run(slides.shared_restorer, None, "cpu", "auto")
+            first = next(iter(local.workers.values())).process.pid
+            victims = [first] if kill else []
+
+            def on_step(step):
+                if step.fraction > 0.5 and victims:
+                    os.kill(victims.pop(), signal.SIGKILL)
+
+            started = time.monotonic()
+            restore_zarr(
+                source,
+                output,
+                "noise-25",
+                device="cpu",
+                scheduler=local.scheduler_address,
+                on_step=on_step,
+            )
+            seconds = time.monotonic() - started
+            moved = client.run(lambda dask_worker: dask_worker.transfer_outgoing_bytes_total)
+        return output, seconds, sum(moved.values())
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_noisy(Path(folder, "in.zarr"), options.side)
+        blocks = (-(-options.side // BLOCK)) ** 2
+        one, slow, _ = run(folder, source, 1)
+        two, fast, moved = run(folder, source, 2)
+        killed, _, _ = run(folder, source, 2, kill=True)
+        print(f"{options.side} x {options.side}, {blocks} blocks")
+        print(f"one worker: {slow:.1f} s, {blocks / slow:.3f} blocks/s")
+        print(f"two workers: {fast:.1f} s, {blocks / fast / 2:.3f} blocks/s each")
+        print(f"throughput of two over one: {slow / fast:.2f}")
+        print(f"moved between workers: {moved / 1e6:.1f} MB, {moved / blocks / 1e6:.2f} a block")
+        same = [
+            np.array_equal(zarr.open_array(str(two))[:], zarr.open_array(str(other))[:])
+            for other in (one, killed)
+        ]
+        print(f"two equal one exactly: {same[0]}; with one killed halfway: {same[1]}")
+
+
+def step_across(image, side):
+    """Return the 99th percentile of the step across block borders, in grey levels."""
+    borders = range(side, image.shape[0], side)
+    image = image.astype(np.float32)
+    down = [np.abs(image[at] - image[at - 1]).ravel() for at in borders]
+    across = [np.abs(image[:, at] - image[:, at - 1]).ravel() for at in borders]
+    return float(np.quantile(np.concatenate([*down, *across]), 0.99))
+
+
+def psnr(found, expected):
+    error = np.mean((found.astype(np.float32) - expected.astype(np.float32)) ** 2)
+    return float(10 * np.log10(255**2 / error))
+
+
+def seams(options):
+    side = options.side
+    pictures = {"scikit-image's photographs": scene(side)}
+    if options.pictures:
+        pictures = {}
+        for path in options.pictures:
+            array = files.read_image(path).array[..., :3] / 255
+            scale = side / min(array.shape[:2])
+            size = [max(round(length * scale), side) for length in array.shape[:2]]
+            pictures[path.name] = transform.resize(array, size, order=3).clip(0, 1)[:side, :side]
+    restorer = Restorer(device="cpu")
+    losses = []
+    for name, picture in pictures.items():
+        clean = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
+        for kind in Degradation:
+            pixels = synthesis.degrade(clean, kind, torch.Generator().manual_seed(1))
+            degraded = (pixels[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            target = (picture * 255).round().astype(np.uint8)
+            whole = restorer.restore(degraded, kind).image
+            done = slides.restore_lazily(degraded, kind, device="cpu", rgb=True)
+            blocks = np.asarray(done.image)
+            seam = step_across(blocks, BLOCK) - step_across(whole, BLOCK)
+            losses.append(psnr(whole, target) - psnr(blocks, target))
+            print(
+                f"{name}, {kind.value} ({done.records[0].statistics}): seam {seam:+.2f} grey "
+                f"levels; to the whole {psnr(blocks, whole):.1f} dB; to the original: whole "
+                f"{psnr(whole, target):.2f}, blocks {psnr(blocks, target):.2f} dB",
+                flush=True,
+            )
+    print(f"median loss: {np.median(losses):+.3f} dB")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=["memory", "cluster", "seams"])
+    parser.add_argument("--side", type=int)
+    parser.add_argument("--pictures", type=Path, nargs="+", metavar="FILE")
+    options = parser.parse_args()
+    options.side = options.side or {"memory": 20_000}.get(options.what, 4096)
+    {"memory": memory, "cluster": cluster, "seams": seams}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
