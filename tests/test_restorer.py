@@ -73,6 +73,47 @@ def test_gain_and_offset_pass_through(restorer, a, b):
     assert np.abs(changed - np.clip(plain * a + b, 0, 65535)).max() <= limit
 
 
+def test_an_ensemble_is_the_mean_over_flips_and_turns(restorer, photograph):
+    part = photograph[:40, :56]
+    done = restorer.restore(part, "rain", ensemble=True)
+    answers = []
+    for flip in (False, True):
+        for quarters in range(4):
+            seen = np.rot90(part[:, ::-1] if flip else part, quarters)
+            answer = np.rot90(
+                restorer.restore(seen.astype(np.float32) / 255, "rain").image, -quarters
+            )
+            answers.append(answer[:, ::-1] if flip else answer)
+    mean, spread = np.mean(answers, axis=0), np.std(answers, axis=0, ddof=1)
+    assert np.abs(done.image - 255 * mean).max() <= 0.51
+    expected = 255 * np.sqrt((spread**2).mean(axis=-1))
+    np.testing.assert_allclose(done.consistency, expected, rtol=1e-2, atol=1e-2)
+    assert done.consistency.dtype == np.float32 and done.consistency.shape == (40, 56)
+    assert done.record.ensemble and not restorer.restore(part, "rain").record.ensemble
+
+
+def test_an_ensemble_answers_a_flipped_image_flipped(restorer, photograph):
+    part = photograph[:48, :48]
+    done, flipped = (restorer.restore(each, "blur", ensemble=True) for each in (part, part[::-1]))
+    assert np.abs(done.image.astype(int) - flipped.image[::-1]).max() <= 1
+    np.testing.assert_allclose(done.consistency, flipped.consistency[::-1], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(20, 24), (20, 24, 1), (2, 20, 24, 3), (1, 20, 24, 4)])
+def test_consistency_is_one_value_for_each_pixel(restorer, shape):
+    array = np.random.default_rng(0).integers(0, 4000, shape).astype(np.uint16)
+    mask = np.zeros((20, 24), bool)
+    mask[:, :12] = True
+    done = restorer.restore(array, "haze", ensemble=True, mask=mask, strength=0.5)
+    assert done.consistency.shape == (shape[:3] if len(shape) == 4 else shape[:2])
+    assert (done.consistency[..., 12:] == 0).all() and (done.consistency[..., :12] > 0).any()
+    whole = restorer.restore(array, "haze", ensemble=True)
+    np.testing.assert_allclose(
+        done.consistency[..., :12], whole.consistency[..., :12] / 2, rtol=1e-4, atol=1e-4
+    )
+    assert restorer.restore(array, "haze").consistency is None
+
+
 def test_strength_blends(restorer, photograph):
     array = photograph[:32, :32].astype(np.float32) / 255
     full = restorer.restore(array, "haze").image

@@ -119,6 +119,11 @@ def add_restore(commands: Commands) -> None:
         help="0 keeps the input, 1 restores fully (default)",
     )
     parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="take the mean over eight flips and turns: a little better, eight times slower",
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="also write <name>-compare.png, before and after"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
@@ -318,7 +323,15 @@ def restore_slide(options: argparse.Namespace) -> int:
 
     unfit = [
         name
-        for name in ("compare", "recursive", "resume", "retry_failed", "dry_run", "report")
+        for name in (
+            "ensemble",
+            "compare",
+            "recursive",
+            "resume",
+            "retry_failed",
+            "dry_run",
+            "report",
+        )
         if getattr(options, name)
     ]
     if len(options.inputs) != 1 or options.inputs[0].suffix.lower() != ".zarr":
@@ -359,6 +372,7 @@ def restore_pictures(options: argparse.Namespace) -> int:
     settings = folders.Settings(
         degradation=options.degradation,
         strength=options.strength,
+        ensemble=options.ensemble,
         compare=options.compare,
         overwrite=options.overwrite,
         resume=options.resume or options.retry_failed,

@@ -27,6 +27,7 @@ from dfpir.files import (
 from dfpir.model import Progress
 from dfpir.record import package_version
 from dfpir.restorer import Restorer, memory_needed
+from dfpir.weights import file_hash
 
 JOURNAL = ".dfpir-journal.jsonl"
 """Name of the file in an output folder that says what has been done there, one line an event."""
@@ -61,6 +62,8 @@ class Settings:
     degradation : str or Degradation
     strength : float
         0..1.
+    ensemble : bool
+        Whether to take the mean over eight flips and turns.
     compare : bool
         Whether to write before and after side by side too.
     overwrite : bool
@@ -73,6 +76,7 @@ class Settings:
 
     degradation: str | Degradation = "auto"
     strength: float = 1.0
+    ensemble: bool = False
     compare: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -84,6 +88,7 @@ class Settings:
         facts = [
             degradation.value if isinstance(degradation, Degradation) else "auto",
             self.strength,
+            self.ensemble,
             self.compare,
             restorer.weights_sha256,
             str(restorer.dtype),
@@ -266,8 +271,7 @@ class Journal:
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file; empty where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     except OSError:
         return ""
 
@@ -370,7 +374,11 @@ def restore_file(
     """Restore one file; `replace` says whether an existing output may be replaced."""
     picture = read_image(job.source)
     done = restorer.restore(
-        picture.array, settings.degradation, strength=settings.strength, on_progress=progress
+        picture.array,
+        settings.degradation,
+        strength=settings.strength,
+        ensemble=settings.ensemble,
+        on_progress=progress,
     )
     job.target.parent.mkdir(parents=True, exist_ok=True)
     image = np.asarray(done.image)

@@ -149,6 +149,8 @@ class RestorationRecord:
         Whether a mask limited where the result was changed.
     statistics : str
         Which pixels the attention was measured on: ``"whole"`` or ``"sampled"``.
+    ensemble : bool
+        Whether the result is the mean over eight flips and turns.
     value_range : tuple of float
         The input values that the network saw as 0 and 1.
     device, dtype : str
@@ -175,6 +177,7 @@ class RestorationRecord:
     device: str
     dtype: str
     input_sha256: str = ""
+    ensemble: bool = False
     notes: tuple[str, ...] = ()
     threads: int = field(default_factory=torch.get_num_threads)
     scope: Mapping[str, object] = field(default_factory=dict)

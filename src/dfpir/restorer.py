@@ -83,6 +83,11 @@ class Restoration:
     record : RestorationRecord
     diagnoses : tuple of Diagnosis
         One for each image where each had a verdict of its own; otherwise empty.
+    consistency : ndarray or Tensor, optional
+        With `ensemble`: (H, W) or (N, H, W), how far apart the eight answers are at each pixel, as
+        their standard deviation in the units of the image; 0 where nothing was restored. It tells
+        where the network contradicts itself. It is no error bar: where all eight are wrong alike
+        it is small.
     """
 
     image: NDArray[Any] | Tensor
@@ -90,6 +95,7 @@ class Restoration:
     steps: tuple[Degradation, ...]
     record: RestorationRecord
     diagnoses: tuple[Diagnosis, ...] = ()
+    consistency: NDArray[np.float32] | Tensor | None = None
 
     @property
     def summary(self) -> str:
@@ -376,6 +382,7 @@ class Restorer:
         value_range: ValueRange | None = None,
         channel_axis: int | None = None,
         tiling: Tiling | None = None,
+        ensemble: bool = False,
         on_progress: Progress | None = None,
     ) -> Restoration:
         """Restore an image, or a stack of images that suffer alike.
@@ -397,6 +404,10 @@ class Restorer:
         channel_axis : int, optional
         tiling : Tiling, optional
             How to work in parts; by default in strips or at once, with one answer either way.
+        ensemble : bool
+            Take the mean of what the network makes of the eight flips and quarter turns of the
+            image, for eight times the work (Timofte et al., "Seven ways to improve example-based
+            single image super resolution", CVPR 2016, section 3.5), and tell their `consistency`.
         on_progress : callable, optional
             ``on_progress(done, total)``; raising from it cancels.
 
@@ -426,17 +437,24 @@ class Restorer:
             strength=strength,
             mask=weight,
             tiling=tiling,
+            ensemble=ensemble,
             on_progress=on_progress,
         )
         assert isinstance(done.image, Tensor)
         image = to_array(done.image, form) if done.steps else array.copy()
+        consistency = None
+        if isinstance(done.consistency, Tensor):
+            low, high = form.value_range
+            spread = done.consistency.numpy() * (high - low)
+            stack = array.ndim == (3 if form.channel_axis is None else 4)
+            consistency = (spread if stack else spread[0]).astype(np.float32)
         record = replace(
             done.record,
             value_range=form.value_range,
             input_sha256=array_hash(array),
             notes=(*form.notes, *done.record.notes),
         )
-        return replace(done, image=image, record=record)
+        return replace(done, image=image, record=record, consistency=consistency)
 
     def restore_pixels(
         self,
@@ -446,6 +464,7 @@ class Restorer:
         strength: float = 1.0,
         mask: Tensor | None = None,
         tiling: Tiling | None = None,
+        ensemble: bool = False,
         one_verdict: bool = True,
         on_progress: Progress | None = None,
         on_image: Callable[[int, Tensor], None] | None = None,
@@ -463,6 +482,8 @@ class Restorer:
             As for `restore`. "clean" and "unsure", verdicts handed on, leave the images alone.
         mask : Tensor, (H, W) or (N, H, W), optional
             0..1: where to restore. It is stretched to the size of the images.
+        ensemble : bool
+            As for `restore`. The attention is measured on each image, flip and turn.
         one_verdict : bool
             With "auto": whether one verdict, found by vote, rules all images, or each its own.
         on_progress : callable, optional
@@ -499,19 +520,23 @@ class Restorer:
         image, attention = pixels, None
         if steps:
             image = torch.empty_like(pixels)
-            if tiling is not None and tiling.statistics == "sampled" and not diagnoses:
+            sampled = tiling is not None and tiling.statistics == "sampled"
+            if tiling is not None and sampled and not diagnoses and not ensemble:
                 attention = self.sample(pixels, steps[0], tiling, on_progress)
         measured = 0 if attention is None else SAMPLED_WINDOWS
+        spread = torch.zeros(len(pixels), *pixels.shape[2:]) if ensemble else None
         for number, step in enumerate(to_do if steps else ()):
             image[number] = pixels[number]
             if step is not None:
                 colours = colours_of(pixels[number])
                 progress = portion(on_progress, number, len(pixels), begun=measured)
-                restored = self.run(colours, step, tiling, progress, attention, course)
-                put_colours(
-                    image[number],
-                    torch.lerp(colours, restored, blend(strength, weight, number, colours)),
-                )
+                share = blend(strength, weight, number, colours)
+                if spread is None:
+                    restored = self.run(colours, step, tiling, progress, attention, course)
+                else:
+                    restored, deviation = self.run_turned(colours, step, tiling, progress, course)
+                    spread[number] = (share * deviation)[0, 0]
+                put_colours(image[number], torch.lerp(colours, restored, share))
             if on_image is not None:
                 on_image(number, image[number])
         record = RestorationRecord(
@@ -525,9 +550,33 @@ class Restorer:
             value_range=(0.0, 1.0),
             device=str(self.device),
             dtype=name_of(self.dtype),
+            ensemble=ensemble,
             notes=tuple(course.notes),
         )
-        return Restoration(image, diagnosis, steps, record, diagnoses)
+        return Restoration(image, diagnosis, steps, record, diagnoses, spread)
+
+    def run_turned(
+        self,
+        pixels: Tensor,
+        degradation: Degradation,
+        tiling: Tiling | None,
+        on_progress: Progress | None,
+        course: Course,
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of eight answers; see `ensemble` of `restore`.
+
+        The deviation, (1, 1, H, W), is the root mean square of those of the colours.
+        """
+        mean, squares = (torch.zeros_like(pixels, dtype=torch.float32) for _ in range(2))
+        for number in range(8):
+            progress = portion(on_progress, number, 8)
+            answer = self.run(turned(pixels, number), degradation, tiling, progress, None, course)
+            change = turned(answer, number, back=True) - mean
+            mean += change / (number + 1)
+            squares += change**2 * (
+                number / (number + 1)
+            )  # Welford's sum, steady in any precision.
+        return mean, (squares / 7).mean(dim=1, keepdim=True).sqrt()
 
     def run(
         self,
@@ -689,6 +738,15 @@ class Restorer:
             if on_progress is not None:
                 on_progress(number + 1, len(tiles))
         return restored
+
+
+def turned(pixels: Tensor, number: int, *, back: bool = False) -> Tensor:
+    """Return one of the eight flips and quarter turns of (..., H, W), or undo it."""
+    quarters = number % 4
+    if back:
+        pixels = torch.rot90(pixels, -quarters, (-2, -1))
+        return pixels.flip(-1) if number >= 4 else pixels
+    return torch.rot90(pixels.flip(-1) if number >= 4 else pixels, quarters, (-2, -1))
 
 
 def portion(
