@@ -182,7 +182,7 @@ def samples(source: Any, part: Selection, reporter: Reporter) -> list[NDArray[An
     read = []
     for index, share in reporter.each(voters, "reading windows of plane"):
         for number, (rows, columns) in enumerate(here):
-            read.append(read_plane(source, (*index, rows, columns)))
+            read.append(read_plane(source[(*index, rows, columns)], ()))
             share.say("reading windows", number + 1, len(here))
     return read
 
