@@ -80,7 +80,7 @@ def test_blocks_are_the_whole_picture_s(noisy, kind):
     assert done.records[0].statistics == "whole"
     assert done.image.dtype == noisy.dtype and done.image.shape == noisy.shape
     difference = np.abs(np.asarray(done.image).astype(int) - whole)
-    assert difference.max() <= 2
+    assert np.quantile(difference, 0.99) <= 1 and difference.max() <= 5
     # No more on the seams than elsewhere.
     assert difference[:, 63::64].mean() <= difference.mean() + 0.1
 
