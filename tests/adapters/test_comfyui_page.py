@@ -121,7 +121,10 @@ def test_the_way_of_a_newcomer(server, degraded, open_page):
     keep_picture(page, "search")
     found.click()
     page.wait_for_function(RESTORES)
-    page.mouse.click(700, 400)  # newer pages hang the node on the mouse until then
+    # Newer pages hang the node on the mouse, a moment after it is there, until the next click.
+    page.wait_for_function(f"!{RESTORES}.flags.ghost || window.app.canvas.state.ghostNodeId")
+    page.mouse.click(700, 400)
+    page.wait_for_function(f"!{RESTORES}.flags.ghost")
     page.evaluate(
         "file => {"
         f" const restores = {RESTORES};"
