@@ -123,7 +123,7 @@ def test_the_way_of_a_newcomer(server, degraded, open_page):
     page.wait_for_function(RESTORES)
     # Newer pages hang the node on the mouse, a moment after it is there, until the next click.
     page.wait_for_function(f"!{RESTORES}.flags.ghost || window.app.canvas.state.ghostNodeId")
-    page.mouse.click(700, 400)
+    page.locator("#graph-canvas").click(position={"x": 700, "y": 400})  # once nothing covers it
     page.wait_for_function(f"!{RESTORES}.flags.ghost")
     page.evaluate(
         "file => {"
