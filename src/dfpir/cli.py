@@ -308,8 +308,9 @@ def show_failures(failures: Sequence[str], total: int, doing: str) -> int:
 def run_restore(options: argparse.Namespace) -> int:
     """Carry out `dfpir restore`."""
     from dfpir.folders import PlanError
+    from dfpir.zarr_files import is_zarr
 
-    if any(path.suffix.lower() == ".zarr" for path in options.inputs) or options.scheduler:
+    if any(map(is_zarr, options.inputs)) or options.scheduler:
         return restore_slide(options)
     try:
         return restore_pictures(options)
@@ -319,7 +320,7 @@ def run_restore(options: argparse.Namespace) -> int:
 
 def restore_slide(options: argparse.Namespace) -> int:
     """Restore one zarr array or OME-Zarr picture; see `dfpir.zarr_files`."""
-    from dfpir.zarr_files import restore_zarr
+    from dfpir.zarr_files import is_zarr, restore_zarr
 
     unfit = [
         name
@@ -334,7 +335,7 @@ def restore_slide(options: argparse.Namespace) -> int:
         )
         if getattr(options, name)
     ]
-    if len(options.inputs) != 1 or options.inputs[0].suffix.lower() != ".zarr":
+    if len(options.inputs) != 1 or not is_zarr(options.inputs[0]):
         message = "a .zarr is restored alone, and --scheduler is for one; name one .zarr folder"
         raise UsageError(message)
     if unfit:

@@ -502,9 +502,7 @@ class Restorer:
         ValueError
             If the pixels or an argument do not fit; see the message.
         """
-        if not 0.0 <= strength <= 1.0:
-            message = f"strength is {strength}; expected 0 (nothing) to 1 (fully restored)."
-            raise ValueError(message)
+        check_strength(strength)
         check_pixels(pixels)
         weight = checked_mask(mask, len(pixels))
         diagnosis, diagnoses = judge(pixels, degradation, one_verdict, on_progress)
@@ -801,6 +799,18 @@ def classify_images(pixels: Tensor, on_progress: Progress | None = None) -> list
         if on_progress is not None:
             on_progress(len(found), len(pixels))
     return found
+
+
+def check_strength(strength: float) -> None:
+    """Refuse a strength that is not a fraction.
+
+    Raises
+    ------
+    ValueError
+    """
+    if not 0 <= strength <= 1:
+        message = f"strength is {strength}; expected 0 (nothing) to 1 (fully restored)."
+        raise ValueError(message)
 
 
 def checked_mask(mask: Tensor | None, count: int) -> Tensor | None:

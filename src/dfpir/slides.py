@@ -32,6 +32,7 @@ from dfpir.restorer import (
     AUTO,
     SAMPLED_WINDOWS,
     Restorer,
+    check_strength,
     choose_dtype,
     classify_images,
     name_of,
@@ -265,9 +266,7 @@ def restore_lazily(
     >>> lazy.chunks, lazy.dtype, np.asarray(lazy).shape
     (((64, 32), (64, 64, 32)), dtype('uint8'), (96, 160))
     """
-    if not 0 <= strength <= 1:
-        message = f"strength is {strength}; expected 0 (nothing) to 1 (fully restored)."
-        raise ValueError(message)
+    check_strength(strength)
     if block is not None and (block < 2 * OVERLAP or block % 16):
         message = f"block is {block}; expected a multiple of 16, at least {2 * OVERLAP}."
         raise ValueError(message)
@@ -292,6 +291,7 @@ def restore_lazily(
             recipe = Recipe(name, digest, device, dtype, kind, strength, seen, rgb)
             for index in part.planes:
                 restored[index] = restored_plane(source[index], recipe, side)
+        note = caution(kind, rgb=rgb) if kind else None
         diagnoses.append(diagnosis)
         records.append(
             RestorationRecord(
@@ -305,23 +305,12 @@ def restore_lazily(
                 value_range=seen,
                 device=device,
                 dtype=name_of(choose_dtype(dtype, torch.device("cpu"))),
-                notes=tuple(filter(None, [caution(kind, rgb=rgb) if kind else None])),
-                scope=scope_of(source, part),
+                notes=(note,) if note else (),
+                scope=part.scope(source),
             )
         )
     image = assembled(source, selection, restored) if restored else slide
     return StackRestoration(image, tuple(diagnoses), tuple(records))
-
-
-def scope_of(source: Any, part: Selection) -> dict[str, object]:
-    """Return what a record says of where it applies."""
-    scope: dict[str, object] = {"shape": [int(length) for length in source.shape]}
-    if part.leading:
-        scope["planes"] = "all" if part.whole else [list(index) for index in part.planes]
-    if part.channel_axis is not None:
-        scope["channel_axis"] = part.channel_axis
-        scope["channel"] = part.planes[0][part.channel_axis]
-    return scope
 
 
 def places(size: tuple[int, int]) -> list[tuple[slice, slice]]:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from dfpir.degradation import Degradation, Diagnosis, caution
 from dfpir.pixels import UPPER_PERCENTILE, PixelError, ValueRange, natural_range, to_pixels
 from dfpir.record import LinearitySums, RestorationRecord, describe, save_with_record
-from dfpir.restorer import AUTO, Restoration, Restorer, shared_restorer, vote
+from dfpir.restorer import AUTO, Restoration, Restorer, check_strength, shared_restorer, vote
 from dfpir.targets import (
     ArrayLike,
     Index,
@@ -206,6 +206,16 @@ class Selection:
             message = "The mask is empty; mark where to restore first."
             raise PixelError(message)
         return replace(self, planes=marked)
+
+    def scope(self, stack: ArrayLike) -> dict[str, object]:
+        """Return what a record says of where in a stack it applies."""
+        scope: dict[str, object] = {"shape": [int(length) for length in stack.shape]}
+        if self.leading:
+            scope["planes"] = "all" if self.whole else [list(index) for index in self.planes]
+        if self.channel_axis is not None and self.planes:
+            scope["channel_axis"] = self.channel_axis
+            scope["channel"] = self.planes[0][self.channel_axis]
+        return scope
 
     def voters(self) -> list[Index]:
         """Return some of the planes, evenly spread, to judge the others by."""
@@ -449,9 +459,7 @@ def restore_stack(
         message = "An output folder takes one level of resolution; restore the finest alone."
         raise ValueError(message)
     selection = Selection.of(levels[0], rgb=rgb, channel_axis=channel_axis, planes=planes)
-    if not 0 <= strength <= 1:
-        message = f"strength is {strength}; expected 0 (nothing) to 1 (fully restored)."
-        raise ValueError(message)
+    check_strength(strength)
     if degradation != AUTO:
         degradation = Degradation.from_name(degradation)
     work = StackWork(
@@ -581,12 +589,6 @@ class StackWork:
     ) -> RestorationRecord:
         """Write down what was done to one channel; without sums, that nothing was."""
         degradation = diagnosis.degradation
-        scope: dict[str, object] = {"shape": [int(n) for n in self.levels[0].shape]}
-        if part.leading:
-            scope["planes"] = "all" if part.whole else [list(index) for index in part.planes]
-        if part.channel_axis is not None and part.planes:
-            scope["channel_axis"] = part.channel_axis
-            scope["channel"] = part.planes[0][part.channel_axis]
         note = caution(degradation, rgb=part.rgb) if sums and degradation else None
         return RestorationRecord(
             weights=self.restorer.weights,
@@ -601,7 +603,7 @@ class StackWork:
             dtype=str(self.restorer.dtype).removeprefix("torch."),
             input_sha256=input_sha256,
             notes=(note,) if note else (),
-            scope=scope,
+            scope=part.scope(self.levels[0]),
             linearity=sums.report() if sums else None,
         )
 
