@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dfpir import checkpoint
 from dfpir.degradation import Degradation
 from dfpir.model import DFPIR, DFPIRConfig
 
@@ -84,6 +85,14 @@ def model(request):
 @pytest.fixture
 def tiny_model():
     return random_model(SMALL_COMPACT).requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_weights(tiny_model, tmp_path):
+    """A file of tiny weights."""
+    path = tmp_path / "tiny.safetensors"
+    checkpoint.save(tiny_model, path)
+    return path
 
 
 @pytest.fixture(scope="session")

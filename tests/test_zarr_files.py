@@ -2,24 +2,19 @@
 
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from dfpir import checkpoint, cli, zarr_files
+from dfpir import cli, zarr_files
 from dfpir.slides import restore_lazily
 from dfpir.zarr_files import layout_of, restore_zarr
 
 zarr = pytest.importorskip("zarr")
-
-
-@pytest.fixture
-def tiny(tiny_model, tmp_path):
-    """A file of tiny weights."""
-    path = tmp_path / "tiny.safetensors"
-    checkpoint.save(tiny_model, path)
-    return path
 
 
 def grey(*shape, dtype=np.uint8, seed=0):
@@ -61,7 +56,7 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
-def test_a_plain_array_keeps_all_but_its_values(tiny, tmp_path, zarr_format):
+def test_a_plain_array_keeps_all_but_its_values(tiny_weights, tmp_path, zarr_format):
     array = grey(150, 200, dtype=np.uint16)
     source = write(
         tmp_path / "in.zarr",
@@ -71,23 +66,23 @@ def test_a_plain_array_keeps_all_but_its_values(tiny, tmp_path, zarr_format):
         zarr_format=zarr_format,
         fill_value=3,
     )
-    done = restore_zarr(source, tmp_path / "out.zarr", "rain", weights=tiny, block=64)
+    done = restore_zarr(source, tmp_path / "out.zarr", "rain", weights=tiny_weights, block=64)
     out = zarr.open(str(tmp_path / "out.zarr"), mode="r")
     assert (out.shape, out.dtype, out.chunks, out.fill_value) == ((150, 200), "uint16", (64, 64), 3)
     assert out.metadata.zarr_format == zarr_format and out.attrs["stain"] == "DAPI"
     assert out.compressors == zarr.open(str(source), mode="r").compressors
     assert out.attrs["dfpir"][0]["steps"] == ["rain"]
-    same(out, np.asarray(restore_lazily(array, "rain", weights=tiny, block=64).image))
+    same(out, np.asarray(restore_lazily(array, "rain", weights=tiny_weights, block=64).image))
     same(done.image, out[:])
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
-def test_an_ome_zarr_keeps_its_channels_labels_and_levels(tiny, tmp_path, version):
+def test_an_ome_zarr_keeps_its_channels_labels_and_levels(tiny_weights, tmp_path, version):
     finest = grey(2, 3, 130, 161, dtype=np.uint16)
     levels = [finest, halved(np.pad(finest, ((0, 0),) * 3 + ((0, 1),), mode="edge"))]
     source = write_ome(tmp_path / "in.zarr", levels, "tcyx", version, chunks=(1, 1, 64, 64))
-    done = restore_zarr(source, tmp_path / "out.zarr", "noise-25", weights=tiny, block=64)
+    done = restore_zarr(source, tmp_path / "out.zarr", "noise-25", weights=tiny_weights, block=64)
     before, after = (
         zarr.open(str(source), mode="r"),
         zarr.open(str(tmp_path / "out.zarr"), mode="r"),
@@ -97,19 +92,23 @@ def test_an_ome_zarr_keeps_its_channels_labels_and_levels(tiny, tmp_path, versio
     del attributes["dfpir"]
     assert attributes == dict(before.attrs)
     same(after["labels/cells"], np.full((4, 4), 7))
-    restored = restore_lazily(finest, "noise-25", weights=tiny, channel_axis=1, block=64).image
+    restored = restore_lazily(
+        finest, "noise-25", weights=tiny_weights, channel_axis=1, block=64
+    ).image
     same(after["0"], np.asarray(restored))
     padded = np.pad(after["0"][:], ((0, 0),) * 3 + ((0, 1),), mode="edge")
     same(after["1"], halved(padded))
     assert (after["1"].shape, after["1"].chunks) == (levels[1].shape, (1, 1, 64, 64))
 
 
-def test_colours_of_a_stained_slide_stay_first(tiny, tmp_path):
+def test_colours_of_a_stained_slide_stay_first(tiny_weights, tmp_path):
     finest = grey(3, 96, 128)
     source = write_ome(tmp_path / "in.zarr", [finest], "cyx", chunks=(3, 64, 64))
     assert layout_of(source).colours == 0
-    restore_zarr(source, tmp_path / "out.zarr", "blur", weights=tiny, block=64)
-    lazy = restore_lazily(np.moveaxis(finest, 0, -1), "blur", weights=tiny, rgb=True, block=64)
+    restore_zarr(source, tmp_path / "out.zarr", "blur", weights=tiny_weights, block=64)
+    lazy = restore_lazily(
+        np.moveaxis(finest, 0, -1), "blur", weights=tiny_weights, rgb=True, block=64
+    )
     same(zarr.open(str(tmp_path / "out.zarr/0")), np.moveaxis(np.asarray(lazy.image), -1, 0))
 
 
@@ -122,54 +121,164 @@ def test_colours_of_a_stained_slide_stay_first(tiny, tmp_path):
         ((128, 128), {"chunks": (16, 16), "shards": (32, 32)}, (16, 16)),
     ],
 )
-def test_no_two_blocks_share_a_file(tiny, tmp_path, shape, options, chunks):
+def test_no_two_blocks_share_a_file(tiny_weights, tmp_path, shape, options, chunks):
     array = grey(*shape)
     source = write(tmp_path / "in.zarr", array, **options)
-    restore_zarr(source, tmp_path / "out.zarr", "rain", weights=tiny, block=64)
+    restore_zarr(source, tmp_path / "out.zarr", "rain", weights=tiny_weights, block=64)
     out = zarr.open(str(tmp_path / "out.zarr"))
     assert out.chunks == chunks
-    same(out, np.asarray(restore_lazily(array, "rain", weights=tiny, block=64).image))
+    same(out, np.asarray(restore_lazily(array, "rain", weights=tiny_weights, block=64).image))
 
 
-def test_a_clean_picture_is_copied(tiny, tmp_path):
+def test_a_clean_picture_is_copied(tiny_weights, tmp_path):
     from skimage.data import camera
 
     source = write(tmp_path / "in.zarr", camera(), chunks=(128, 128))
-    done = restore_zarr(source, tmp_path / "out.zarr", weights=tiny)
+    done = restore_zarr(source, tmp_path / "out.zarr", weights=tiny_weights)
     assert not done.changed
     out = zarr.open(str(tmp_path / "out.zarr"))
     same(out, camera())
     assert out.attrs["dfpir"][0]["steps"] == []
 
 
-def test_cancelling_leaves_nothing_and_the_old_output(tiny, tmp_path):
-    source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(64, 64))
-    output = write(tmp_path / "out.zarr", grey(8, 8), chunks=(8, 8))
+class Interruption:
+    """Takes steps until `fraction` of the work is done, then interrupts."""
 
-    def stop(step):
-        seen.append(step.fraction)
-        if step.fraction > 0.5:
+    def __init__(self, fraction):
+        self.fraction, self.seen = fraction, []
+
+    def __call__(self, step):
+        self.seen.append(step.fraction)
+        if step.fraction > self.fraction:
             raise KeyboardInterrupt
 
-    seen = []
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if "zarr" in path.name)
+
+
+def test_an_interrupted_run_leaves_the_old_output_and_can_be_resumed(
+    tiny_weights, tmp_path, monkeypatch
+):
+    picture = grey(200, 200)
+    source = write(tmp_path / "in.zarr", picture, chunks=(64, 64))
+    output = write(tmp_path / "out.zarr", grey(8, 8), chunks=(8, 8))
+    options = {"weights": tiny_weights, "block": 64, "overwrite": True}
+    stop = Interruption(0.5)
     with pytest.raises(KeyboardInterrupt):
-        restore_zarr(source, output, "rain", weights=tiny, block=64, overwrite=True, on_step=stop)
-    assert seen == sorted(seen)
+        restore_zarr(source, output, "rain", **options, on_step=stop)
+    assert stop.seen == sorted(stop.seen)
     same(zarr.open(str(output)), grey(8, 8))
-    assert sorted(path.name for path in tmp_path.glob("*.zarr*")) == ["in.zarr", "out.zarr"]
-    assert not list(tmp_path.glob(".*"))
-    restore_zarr(source, output, "rain", weights=tiny, block=64, overwrite=True)
-    assert zarr.open(str(output)).shape == (200, 200)
-    assert not list(tmp_path.glob(".*"))
+    assert names(tmp_path) == [".out.zarr.part", "in.zarr", "out.zarr"]
+
+    done = []
+    put = zarr_files.put
+    monkeypatch.setattr(zarr_files, "put", lambda *args: (done.append(args[2]), put(*args)))
+    steps = Interruption(1)
+    restore_zarr(source, output, "rain", **options, resume=True, on_step=steps)
+    assert steps.seen == sorted(steps.seen)
+    # Of 16 blocks half were done, give or take those that were being worked on.
+    assert 4 <= len(done) <= 8
+    same(
+        zarr.open(str(output)), np.asarray(restore_lazily(picture, "rain", **plain(options)).image)
+    )
+    assert names(tmp_path) == ["in.zarr", "out.zarr"]
 
 
-def test_what_cannot_be_restored_is_refused_in_one_line(tiny, tmp_path):
+def plain(options):
+    """The options that concern blocks."""
+    return {name: options[name] for name in ("weights", "block")}
+
+
+def test_without_resume_a_run_begins_anew(tiny_weights, tmp_path):
+    source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(64, 64))
+    output = tmp_path / "out.zarr"
+    options = {"weights": tiny_weights, "block": 64}
+    with pytest.raises(KeyboardInterrupt):
+        restore_zarr(source, output, "rain", **options, on_step=Interruption(0.5))
+    restore_zarr(source, output, "blur", **options)
+    expected = restore_lazily(grey(200, 200), "blur", **options).image
+    same(zarr.open(str(output)), np.asarray(expected))
+    assert names(tmp_path) == ["in.zarr", "out.zarr"]
+
+
+@pytest.mark.parametrize("change", ["settings", "input"])
+def test_what_was_made_otherwise_is_not_resumed(tiny_weights, tmp_path, change):
+    source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(64, 64))
+    output = tmp_path / "out.zarr"
+    options = {"weights": tiny_weights, "block": 64}
+    with pytest.raises(KeyboardInterrupt):
+        restore_zarr(source, output, "rain", **options, on_step=Interruption(0.5))
+    kind = "blur" if change == "settings" else "rain"
+    if change == "input":
+        zarr.open(str(source), mode="r+")[:64, :64] = 3
+    with pytest.raises(ValueError, match=r"\.out\.zarr\.part was begun from another input, with"):
+        restore_zarr(source, output, kind, **options, resume=True)
+
+
+def test_an_output_that_is_done_is_left_alone_by_resume(tiny_weights, tmp_path):
+    source = write(tmp_path / "in.zarr", grey(64, 64), chunks=(64, 64))
+    output = tmp_path / "out.zarr"
+    options = {"weights": tiny_weights, "resume": True}
+    first = restore_zarr(source, output, "rain", **options)
+    (output / "mine.txt").touch()
+    again = restore_zarr(source, output, "rain", **options)
+    assert (output / "mine.txt").exists()
+    assert again.summary == first.summary
+    same(again.image, first.image[:])
+    with pytest.raises(ValueError, match=r"out.zarr exists and was made otherwise"):
+        restore_zarr(source, output, "blur", **options)
+
+
+def test_an_output_that_was_moved_away_comes_back(tiny_weights, tmp_path):
+    """As after a crash between the two moves that replace an output."""
+    source = write(tmp_path / "in.zarr", grey(64, 64), chunks=(64, 64))
+    old = write(tmp_path / ".out.zarr.old", grey(8, 8), chunks=(8, 8))
+    with pytest.raises(ValueError, match="exists"):
+        restore_zarr(source, tmp_path / "out.zarr", "rain", weights=tiny_weights)
+    same(zarr.open(str(tmp_path / "out.zarr")), grey(8, 8))
+    # One that is left over is no obstacle either.
+    write(old, grey(9, 9), chunks=(9, 9))
+    restore_zarr(source, tmp_path / "out.zarr", "rain", weights=tiny_weights, overwrite=True)
+    assert zarr.open(str(tmp_path / "out.zarr")).shape == (64, 64)
+    assert names(tmp_path) == ["in.zarr", "out.zarr"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_kill_at_any_moment_then_resume(tiny_weights, tmp_path, thorough):
+    """SIGKILL leaves no half output, and what follows equals an undisturbed run."""
+    picture = grey(640, 640)
+    source = write(tmp_path / "in.zarr", picture, chunks=(64, 64))
+    output = tmp_path / "out.zarr"
+    expected = np.asarray(
+        restore_lazily(picture, "rain", weights=tiny_weights, block=64, device="cpu").image
+    )
+    code = (
+        "import sys; from dfpir.zarr_files import restore_zarr; "
+        "restore_zarr(*sys.argv[1:4], weights=sys.argv[4], block=64, device='cpu', resume=True, "
+        "on_step=lambda step: print(step.fraction, flush=True))"
+    )
+    command = [sys.executable, "-c", code, *map(str, (source, output, "rain", tiny_weights))]
+    moments = random.Random(0)
+    for _ in range(20 if thorough else 2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for _ in range(moments.randint(1, 12)):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not output.exists() or (zarr.open(str(output))[:] == expected).all()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    same(zarr.open(str(output)), expected)
+    assert names(tmp_path) == ["in.zarr", "out.zarr"]
+
+
+def test_what_cannot_be_restored_is_refused_in_one_line(tiny_weights, tmp_path):
     source = write(tmp_path / "in.zarr", grey(64, 64), chunks=(64, 64))
     other = write(tmp_path / "other.zarr", grey(8, 8), chunks=(8, 8))
     with pytest.raises(ValueError, match=r"other.zarr exists; .* overwrite"):
-        restore_zarr(source, other, "rain", weights=tiny)
+        restore_zarr(source, other, "rain", weights=tiny_weights)
     with pytest.raises(ValueError, match="is the input"):
-        restore_zarr(source, source, "rain", weights=tiny, overwrite=True)
+        restore_zarr(source, source, "rain", weights=tiny_weights, overwrite=True)
     (tmp_path / "empty.zarr").mkdir()
     with pytest.raises(ValueError, match="not a zarr array"):
         restore_zarr(tmp_path / "empty.zarr", tmp_path / "out.zarr")
@@ -184,35 +293,61 @@ def test_what_cannot_be_restored_is_refused_in_one_line(tiny, tmp_path):
     assert not (tmp_path / "out.zarr").exists()
 
 
-def test_the_command_line_restores_one_zarr(tiny, tmp_path, capsys):
+def test_the_command_line_restores_one_zarr(tiny_weights, tmp_path, capsys):
     source = write(tmp_path / "in.zarr", grey(64, 64), chunks=(64, 64))
-    told = ["--degradation", "rain", "--weights", str(tiny)]
+    told = ["--degradation", "rain", "--weights", str(tiny_weights)]
     line = ["restore", str(source), "-o", str(tmp_path / "out.zarr"), *told]
     assert cli.main(line) == 0
     assert capsys.readouterr().out.startswith(f"{source} -> {tmp_path / 'out.zarr'}: ")
     assert cli.main(line) == 1
     assert "exists" in capsys.readouterr().err
     assert cli.main([*line, "--overwrite"]) == 0
-    assert cli.main([*line, "--resume"]) == 2
-    assert "--resume is for pictures" in capsys.readouterr().err
+    assert cli.main([*line, "--resume"]) == 0
+    assert cli.main([*line, "--compare"]) == 2
+    assert "--compare is for pictures" in capsys.readouterr().err
     assert cli.main(["restore", "a.png", "b.zarr", "-o", "out"]) == 2
     assert cli.main(["restore", "a.png", "-o", "b.png", "--scheduler", "tcp://127.0.0.1:1"]) == 2
 
 
-def test_a_scheduler_that_does_not_answer_is_named(tiny, tmp_path, monkeypatch):
+def test_the_command_line_says_that_an_interrupted_run_can_be_resumed(
+    tiny_weights, tmp_path, capsys, monkeypatch
+):
+    source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(200, 200))
+    line = ["restore", str(source), "-o", str(tmp_path / "out.zarr"), "--weights"]
+    line += [str(tiny_weights), "--degradation", "rain"]
+    put = zarr_files.Draft.finish
+
+    def stop(draft, name):
+        put(draft, name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zarr_files.Draft, "finish", stop)
+    assert cli.main(line) == 130
+    assert "Finished blocks are kept; go on with --resume." in capsys.readouterr().err
+    monkeypatch.setattr(zarr_files.Draft, "finish", put)
+    assert cli.main([*line, "--resume"]) == 0
+
+
+def test_a_scheduler_that_does_not_answer_is_named(tiny_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(zarr_files, "ANSWER_SECONDS", 1)
     source = write(tmp_path / "in.zarr", grey(64, 64), chunks=(64, 64))
     with pytest.raises(OSError, match=r"127.0.0.1:1"):
         restore_zarr(
-            source, tmp_path / "out.zarr", "rain", weights=tiny, scheduler="tcp://127.0.0.1:1"
+            source,
+            tmp_path / "out.zarr",
+            "rain",
+            weights=tiny_weights,
+            scheduler="tcp://127.0.0.1:1",
         )
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_worker_killed_halfway_changes_nothing(tiny, tmp_path):
+def test_a_worker_killed_halfway_changes_nothing(tiny_weights, tmp_path):
     distributed = pytest.importorskip("distributed")
     source = write(tmp_path / "in.zarr", grey(640, 640), chunks=(128, 128))
-    expected = np.asarray(restore_lazily(grey(640, 640), "haze", weights=tiny, block=128).image)
+    expected = np.asarray(
+        restore_lazily(grey(640, 640), "haze", weights=tiny_weights, block=128).image
+    )
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=None
     ) as cluster:
@@ -228,7 +363,7 @@ def test_a_worker_killed_halfway_changes_nothing(tiny, tmp_path):
             source,
             tmp_path / "out.zarr",
             "haze",
-            weights=tiny,
+            weights=tiny_weights,
             block=128,
             scheduler=cluster.scheduler_address,
             on_step=kill,

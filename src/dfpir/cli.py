@@ -320,7 +320,7 @@ def run_restore(options: argparse.Namespace) -> int:
 
 def restore_slide(options: argparse.Namespace) -> int:
     """Restore one zarr array or OME-Zarr picture; see `dfpir.zarr_files`."""
-    from dfpir.zarr_files import is_zarr, restore_zarr
+    from dfpir.zarr_files import can_resume, is_zarr, restore_zarr
 
     unfit = [
         name
@@ -328,7 +328,6 @@ def restore_slide(options: argparse.Namespace) -> int:
             "ensemble",
             "compare",
             "recursive",
-            "resume",
             "retry_failed",
             "dry_run",
             "report",
@@ -342,18 +341,24 @@ def restore_slide(options: argparse.Namespace) -> int:
         message = f"--{unfit[0].replace('_', '-')} is for pictures, not for a .zarr; leave it out"
         raise UsageError(message)
     source = options.inputs[0]
-    with Bar(source.name) as progress:
-        done = restore_zarr(
-            source,
-            options.output,
-            options.degradation,
-            scheduler=options.scheduler,
-            overwrite=options.overwrite,
-            weights=options.weights,
-            device=options.device,
-            strength=options.strength,
-            on_step=lambda step: progress(round(1000 * step.fraction), 1000),
-        )
+    try:
+        with Bar(source.name) as progress:
+            done = restore_zarr(
+                source,
+                options.output,
+                options.degradation,
+                scheduler=options.scheduler,
+                overwrite=options.overwrite,
+                resume=options.resume,
+                weights=options.weights,
+                device=options.device,
+                strength=options.strength,
+                on_step=lambda step: progress(round(1000 * step.fraction), 1000),
+            )
+    except BaseException:
+        if can_resume(options.output):
+            complain("Finished blocks are kept; go on with --resume.")
+        raise
     say(f"{source} -> {options.output}: {done.summary}")
     return 0
 

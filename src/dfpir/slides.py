@@ -40,7 +40,7 @@ from dfpir.restorer import (
     vote,
 )
 from dfpir.stacks import OnStep, Reporter, Selection, StackRestoration
-from dfpir.targets import Index, needs, read_plane
+from dfpir.targets import Index, as_dask, needs, read_plane
 from dfpir.tiling import Tiling, windows
 
 BLOCK = 1024
@@ -163,17 +163,6 @@ def restore_block(block: NDArray[Any], attention: Attention, recipe: Recipe) -> 
     with turn():
         restored = restorer.run(pixels, recipe.degradation, at_once, attention=given)
     return to_array(torch.lerp(pixels, restored, recipe.strength), form)
-
-
-def as_dask(array: Any) -> Any:
-    """Return an array as a Dask array, whose chunks are read where they are worked on."""
-    dask = needs("dask.array")
-    if type(array).__module__.partition(".")[0] == "xarray":
-        array = array.data
-    if hasattr(array, "dask"):
-        return array
-    chunks = getattr(array, "shards", None) or getattr(array, "chunks", None) or "auto"
-    return dask.from_array(array, chunks=chunks, name=False)
 
 
 def samples(source: Any, part: Selection, reporter: Reporter) -> list[NDArray[Any]]:

@@ -34,9 +34,9 @@ from dfpir.targets import (
     ArrayLike,
     Index,
     Pyramid,
+    as_dask,
     is_lazy,
     levels_of,
-    needs,
     read_plane,
 )
 from dfpir.tiling import Tiling, spread
@@ -707,10 +707,7 @@ def residual(before: Any, after: Any, *, rgb: bool = False) -> Any:
     """
     sides = [before, after]
     if is_lazy(before) or is_lazy(after):
-        dask = needs("dask.array")
-        sides = [
-            side if hasattr(side, "dask") else dask.from_array(side, name=False) for side in sides
-        ]
+        sides = [as_dask(side) for side in sides]
     difference = sides[0].astype(np.float32) - sides[1].astype(np.float32)
     return difference[..., :3].mean(axis=-1) if rgb else difference
 

@@ -77,6 +77,17 @@ def needs(package: str) -> Any:
         raise ImportError(message) from error
 
 
+def as_dask(array: Any) -> Any:
+    """Return an array as a Dask array, whose chunks are read where they are worked on."""
+    dask = needs("dask.array")
+    if type(array).__module__.partition(".")[0] == "xarray":
+        array = array.data
+    if hasattr(array, "dask"):
+        return array
+    chunks = getattr(array, "shards", None) or getattr(array, "chunks", None) or "auto"
+    return dask.from_array(array, chunks=chunks, name=False)
+
+
 class MemoryTarget:
     """Takes restored planes into a copy of an array."""
 

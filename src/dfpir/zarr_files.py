@@ -1,15 +1,19 @@
 """Zarr and OME-Zarr on disk: restored into a copy of the same layout, with its pyramid.
 
 The copy has the original's metadata, labels and whatever else lies in its folder; only the levels
-of the picture itself are new. It is written under another name and renamed when it is whole.
+of the picture itself are new. It is written in a draft beside the output and moved to its name when
+it is whole. A draft keeps a list of the parts that are finished, so that a run that was interrupted
+can be resumed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfpir.degradation import Degradation
+from dfpir.record import RestorationRecord
 from dfpir.restorer import AUTO
-from dfpir.slides import BLOCK, as_dask, restore_lazily, side_of
+from dfpir.slides import BLOCK, restore_lazily, side_of
 from dfpir.stacks import OnStep, Reporter, StackRestoration
-from dfpir.targets import needs
+from dfpir.targets import as_dask, needs
 
 SUFFIX = ".zarr"
 
@@ -33,6 +38,16 @@ RETRIES = 3
 """Times that a block is tried again on a cluster before the whole is given up."""
 
 Region = tuple[slice, ...]
+
+OnFinished = Callable[[str], None]
+
+Runner = Callable[[Mapping[str, Any], OnFinished], None]
+
+RECORDS = "dfpir"
+"""Attribute of an output that holds its records."""
+
+DECISIVE = ("weights_sha256", "steps", "strength", "value_range", "dtype", "scope")
+"""Entries of a record that the values of an output depend on, besides the input."""
 
 COLOURS = (3, 4)
 """Lengths of an axis that may be colours."""
@@ -55,6 +70,111 @@ class Layout:
     paths: tuple[str, ...]
     colours: int | None
     channels: int | None
+
+
+class Draft:
+    """An output that is not whole yet, in a hidden folder beside its final place.
+
+    Parameters
+    ----------
+    output : Path
+        Its final place.
+    key : str
+        What the parts depend on; those of another key are of no use.
+    """
+
+    def __init__(self, output: Path, key: str) -> None:
+        self.output, self.key = output, key
+        self.folder = beside(output, "part")
+        self.picture = self.folder / "picture"
+        self.list = self.folder / "finished.txt"
+        self.finished: set[str] = set()
+
+    def resume(self) -> bool:
+        """Take over the parts of an earlier run; return whether there are any.
+
+        Raises
+        ------
+        ValueError
+            If they were made from another input or with other settings.
+        """
+        if not self.list.is_file():
+            return False
+        key, *names = self.list.read_text(encoding="utf-8").split("\n")
+        if key != self.key:
+            message = (
+                f"{self.folder} was begun from another input, with other settings or weights; "
+                "leave out resume to begin anew."
+            )
+            raise ValueError(message)
+        self.finished = set(names[:-1])  # The last line may have been cut short.
+        return bool(self.finished)
+
+    def begin(self) -> None:
+        """Start with an empty folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.finished = set()
+
+    def finish(self, name: str) -> None:
+        """Note that a part is written."""
+        text = f"{name}\n" if self.list.exists() else f"{self.key}\n{name}\n"
+        with self.list.open("a", encoding="utf-8") as file:
+            file.write(text)
+        self.finished.add(name)
+
+    def drop_if_empty(self) -> None:
+        """Leave nothing behind if nothing in it is of use."""
+        if not self.finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Put the whole picture in its place.
+
+        A folder cannot replace another at one stroke. If the process dies between the two moves,
+        `recover` brings the old output back.
+        """
+        old = beside(self.output, "old")
+        if self.output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.output.rename(old)
+        self.picture.rename(self.output)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def beside(output: Path, what: str) -> Path:
+    """Name a hidden folder beside an output."""
+    return output.with_name(f".{output.name}.{what}")
+
+
+def can_resume(output: Path) -> bool:
+    """Tell whether an interrupted run has left finished parts of an output."""
+    return Draft(output, "").list.is_file()
+
+
+def recover(output: Path) -> None:
+    """Bring back an output that a run moved away and did not live to replace."""
+    old = beside(output, "old")
+    if old.exists() and not output.exists():
+        old.rename(output)
+
+
+def decisive(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return those entries of records on which the values of an output depend."""
+    return [{name: each.get(name) for name in DECISIVE} for each in records]
+
+
+def source_key(source: Path, records: Sequence[RestorationRecord], side: int) -> str:
+    """Return a hash of all that the blocks of an output depend on.
+
+    Files of the source stand for their contents by name, size and time of change.
+    """
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    seen = [(path.relative_to(source).as_posix(), path.stat()) for path in files]
+    listed = [(name, facts.st_size, facts.st_mtime_ns) for name, facts in seen]
+    text = json.dumps([listed, decisive([each.as_dict() for each in records]), side])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_zarr(path: Path) -> bool:
@@ -123,6 +243,7 @@ def restore_zarr(
     *,
     scheduler: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     block: int | None = None,
     on_step: OnStep | None = None,
     **options: Any,
@@ -139,10 +260,14 @@ def restore_zarr(
         this machine does the work.
     overwrite : bool
         Whether `output` may be replaced.
+    resume : bool
+        Whether to go on from what an interrupted run with the same settings has finished. It lies
+        in a hidden folder beside the output, which any other run for this output removes. An
+        output that is whole and has the same record is left as it is.
     block : int, optional
         Side of the blocks; see `dfpir.slides.restore_lazily`.
     on_step : callable, optional
-        Called with each `dfpir.stacks.Step`; raising from it cancels and leaves nothing behind.
+        Called with each `dfpir.stacks.Step`; raising from it interrupts.
     **options
         `weights`, `device`, `dtype`, `strength`, `value_range`: see `restore_lazily`.
 
@@ -155,7 +280,8 @@ def restore_zarr(
     Raises
     ------
     ValueError
-        If the source is no such picture, the output exists, or an argument does not fit.
+        If the source is no such picture, the output exists, what is to be resumed was made
+        otherwise, or an argument does not fit.
     OSError
         If the scheduler does not answer, or the disk is full.
     """
@@ -163,7 +289,8 @@ def restore_zarr(
     if output.resolve() == source.resolve():
         message = f"{output} is the input; choose another output."
         raise ValueError(message)
-    if output.exists() and not overwrite:
+    recover(output)
+    if output.exists() and not (overwrite or resume):
         message = f"{output} exists; add overwrite to replace it, or choose another output."
         raise ValueError(message)
     layout = layout_of(source)
@@ -184,27 +311,36 @@ def restore_zarr(
         on_step=lambda step: reading.say(step.doing, round(100 * step.fraction), 100),
         **options,
     )
-    folder = output.with_name(f".{output.name}.part")
-    shutil.rmtree(folder, ignore_errors=True)
+    if output.exists() and not overwrite:
+        made = dict(open_zarr(output).attrs).get(RECORDS, [])
+        if decisive(made) != decisive([each.as_dict() for each in done.records]):
+            message = (
+                f"{output} exists and was made otherwise; add overwrite to replace it, or choose "
+                "another output."
+            )
+            raise ValueError(message)
+        return StackRestoration(open_level(output, layout.paths[0]), done.diagnoses, done.records)
+    draft = Draft(output, source_key(source, done.records, side))
+    if not (resume and draft.resume()):
+        draft.begin()
     try:
         if done.changed:
             image = done.image
             if layout.colours is not None:
                 image = needs("dask.array").moveaxis(image, -1, layout.colours)
             unit = unit_for(levels[0], layout, side)
-            write_levels(source, folder, layout, levels, image, unit, scheduler, writing)
+            if not draft.finished:
+                lay_out(source, draft.picture, layout, levels, unit)
+            write_levels(draft, layout, image, scheduler, writing)
+            consolidate_like(source, draft.picture)
         else:
-            shutil.copytree(source, folder)
-        opened = open_zarr(folder, "r+")
-        opened.attrs["dfpir"] = [each.as_dict() for each in done.records]
-        old = output.with_name(f".{output.name}.old")
-        if output.exists():
-            output.rename(old)
-        folder.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.copytree(source, draft.picture)
+        opened = open_zarr(draft.picture, "r+")
+        opened.attrs[RECORDS] = [each.as_dict() for each in done.records]
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        draft.drop_if_empty()
         raise
+    draft.publish()
     reporter.say("done", 1, 1)
     return StackRestoration(open_level(output, layout.paths[0]), done.diagnoses, done.records)
 
@@ -241,21 +377,18 @@ def spatial_axes(dimensions: int, colours: int | None) -> list[int]:
     return [axis for axis in range(dimensions) if axis != colours][-2:]
 
 
-def write_levels(
+def lay_out(
     source: Path,
     folder: Path,
     layout: Layout,
     levels: Sequence[Any],
-    image: Any,
     unit: tuple[int, ...] | None,
-    scheduler: str | None,
-    reporter: Reporter,
 ) -> None:
-    """Write a restored picture, and the coarser levels made of it, into a new folder.
+    """Make a folder like the source's in which the levels of the picture are empty.
 
     `unit` is the shape of the finest level's chunks, if not its original's.
     """
-    zarr, delayed = needs("zarr"), needs("dask").delayed
+    zarr = needs("zarr")
     if layout.paths != ("",):
         inside = {source / path for path in layout.paths}
         shutil.copytree(
@@ -264,32 +397,61 @@ def write_levels(
             ignore=lambda at, names: [name for name in names if Path(at) / name in inside],
         )
     cut: dict[str, Any] = {} if unit is None else {"chunks": unit, "shards": None}
-    targets = []
     for level, path in zip(levels, layout.paths, strict=True):
-        targets.append(
-            zarr.from_array(
-                str(folder),
-                name=path or None,
-                data=level,
-                write_data=False,
-                overwrite=True,
-                fill_value=None,  # the level's own
-                attributes=dict(level.attrs),
-                **cut,
-            )
+        zarr.from_array(
+            str(folder),
+            name=path or None,
+            data=level,
+            write_data=False,
+            overwrite=True,
+            fill_value=None,  # the level's own
+            attributes=dict(level.attrs),
+            **cut,
         )
         cut = {}
-    total = sum(target.size for target in targets)
-    shares, begun = [], 0
-    for target in targets:
-        shares.append(reporter.part(begun / total, (begun + target.size) / total))
-        begun += target.size
+
+
+def write_levels(
+    draft: Draft, layout: Layout, image: Any, scheduler: str | None, reporter: Reporter
+) -> None:
+    """Write a restored picture, and the coarser levels made of it, where they are not yet."""
+    delayed = needs("dask").delayed
+    opened = open_zarr(draft.picture, "r+")
+    levels = [opened[path] if path else opened for path in layout.paths]
+    total = sum(level.size for level in levels)
+    begun = 0
     with runner(scheduler) as run:
-        regions = needs("dask.array.core").slices_from_chunks(image.chunks)
-        parts = zip(image.to_delayed().ravel(), regions, strict=True)
-        run([delayed(put)(block, targets[0], region) for block, region in parts], shares[0])
-        for finer, coarser, share in zip(targets, targets[1:], shares[1:], strict=False):
-            run([delayed(shrink)(finer, coarser, at) for at in regions_of(coarser, layout)], share)
+        for number, level in enumerate(levels):
+            share = reporter.part(begun / total, (begun + level.size) / total)
+            begun += level.size
+            if number == 0:
+                regions = needs("dask.array.core").slices_from_chunks(image.chunks)
+                blocks = zip(image.to_delayed().ravel(), regions, strict=True)
+                tasks = [delayed(put)(block, level, region) for block, region in blocks]
+            else:
+                finer, regions = levels[number - 1], regions_of(level, layout)
+                tasks = [delayed(shrink)(finer, level, region) for region in regions]
+            named = {f"{number} {part}": task for part, task in enumerate(tasks)}
+            compute_missing(named, draft, run, share)
+
+
+def compute_missing(
+    tasks: Mapping[str, Any], draft: Draft, run: Runner, reporter: Reporter
+) -> None:
+    """Compute the tasks whose parts of a draft are not finished."""
+    left = {name: task for name, task in tasks.items() if name not in draft.finished}
+    done = itertools.count(len(tasks) - len(left) + 1)
+
+    def on_finished(name: str) -> None:
+        draft.finish(name)
+        reporter.say("restoring blocks", next(done), len(tasks))
+
+    run(left, on_finished)
+
+
+def consolidate_like(source: Path, folder: Path) -> None:
+    """Repeat all metadata in the outermost, if the source does so."""
+    zarr = needs("zarr")
     metadata = zarr.open(str(source), mode="r").metadata
     if getattr(metadata, "consolidated_metadata", None) is not None:
         zarr.consolidate_metadata(str(folder))
@@ -346,8 +508,10 @@ def shrink(finer: Any, coarser: Any, region: Region) -> None:
 
 
 @contextlib.contextmanager
-def runner(scheduler: str | None) -> Iterator[Callable[[Sequence[Any], Reporter], None]]:
-    """Return what computes delayed tasks and reports how many are done: here, or on a cluster.
+def runner(scheduler: str | None) -> Iterator[Runner]:
+    """Return what computes named tasks and calls with the name of each that is done.
+
+    It works here, or on a cluster.
 
     Raises
     ------
@@ -362,25 +526,26 @@ def runner(scheduler: str | None) -> Iterator[Callable[[Sequence[Any], Reporter]
         yield partial(run_there, client)
 
 
-def run_here(tasks: Sequence[Any], reporter: Reporter) -> None:
+def run_here(tasks: Mapping[str, Any], on_finished: OnFinished) -> None:
     """Compute tasks with Dask's threads."""
     callbacks, dask = needs("dask.callbacks"), needs("dask")
+    names = {task.key: name for name, task in tasks.items()}
 
-    def report(key: Any, result: Any, graph: Any, state: Any, worker: Any) -> None:
-        done = len(state["finished"])
-        left = sum(len(state[kind]) for kind in ("ready", "waiting", "running"))
-        reporter.say("restoring blocks", done, done + left)
+    def report(key: Any, *_: Any) -> None:
+        if key in names:
+            on_finished(names[key])
 
     with callbacks.Callback(posttask=report):
-        dask.compute(*tasks, scheduler="threads")
+        dask.compute(*tasks.values(), scheduler="threads")
 
 
-def run_there(client: Any, tasks: Sequence[Any], reporter: Reporter) -> None:
+def run_there(client: Any, tasks: Mapping[str, Any], on_finished: OnFinished) -> None:
     """Compute tasks on a cluster; what a worker that dies had to do is done by another."""
-    futures = client.compute(list(tasks), retries=RETRIES)
+    futures = client.compute(list(tasks.values()), retries=RETRIES)
+    names = dict(zip(futures, tasks, strict=True))
     try:
-        for number, future in enumerate(needs("distributed").as_completed(futures)):
+        for future in needs("distributed").as_completed(futures):
             future.result()
-            reporter.say("restoring blocks", number + 1, len(futures))
+            on_finished(names[future])
     finally:
         client.cancel(futures)
