@@ -120,6 +120,17 @@ def test_colours_and_strength(tiny_weights):
     assert np.abs(found - expected).max() <= 1
 
 
+def test_the_axes_of_xarray_keep_their_names(tiny_weights):
+    xarray = pytest.importorskip("xarray")
+    array = np.random.default_rng(6).integers(0, 256, (64, 96), dtype=np.uint8)
+    slide = xarray.DataArray(array, dims=("y", "x"), attrs={"stain": "DAPI"})
+    done = restore_lazily(slide, "rain", weights=tiny_weights, block=64).image
+    assert (done.dims, done.attrs) == (slide.dims, slide.attrs)
+    assert isinstance(done.data, da.Array)
+    expected = restore_lazily(array, "rain", weights=tiny_weights, block=64).image
+    np.testing.assert_array_equal(done.values, np.asarray(expected))
+
+
 def test_only_what_is_looked_at_is_read(tiny_weights, monkeypatch):
     monkeypatch.setattr(slides, "WINDOW", 32)
     source = Watched(np.random.default_rng(3).integers(0, 256, (640, 640), dtype=np.uint8))

@@ -128,7 +128,7 @@ def docked_in(viewer: Viewer) -> RestorationWidget | None:
     """Bring up the widget that a viewer has already, with its undo; None if it has none."""
     for widget in list(WIDGETS):
         # Viewers are compared by their windows: they may come wrapped, and have no identity then.
-        if widget.is_in(viewer.window):
+        if widget.show_in(viewer.window):
             return widget
     return None
 
@@ -157,8 +157,8 @@ class RestorationWidget(Container):
 
     # What is seen
 
-    def is_in(self, window: Any) -> bool:
-        """Show the dock that holds the widget, if there is one in that window."""
+    def show_in(self, window: Any) -> bool:
+        """Show the dock that holds the widget, if it is in that window; return whether it is."""
         if self._closed or self._viewer is None or self._viewer.window != window:
             return False
         place = self.native.parent()

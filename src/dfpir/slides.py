@@ -40,7 +40,7 @@ from dfpir.restorer import (
     vote,
 )
 from dfpir.stacks import OnStep, Reporter, Selection, StackRestoration
-from dfpir.targets import Index, as_dask, needs, read_plane
+from dfpir.targets import Index, as_dask, needs, package_of, read_plane
 from dfpir.tiling import Tiling, windows
 
 BLOCK = 1024
@@ -208,7 +208,7 @@ def restore_lazily(
     block: int | None = None,
     on_step: OnStep | None = None,
 ) -> StackRestoration:
-    """Restore an array larger than memory, as a Dask array that is computed where it is looked at.
+    """Restore an array larger than memory lazily: a block is computed where it is looked at.
 
     Parameters
     ----------
@@ -238,8 +238,8 @@ def restore_lazily(
     Returns
     -------
     StackRestoration
-        Its image has the slide's shape and dtype; it is the slide itself where nothing is to be
-        done.
+        Its image is a Dask array of the slide's shape and dtype, within xarray if the slide is;
+        it is the slide itself where nothing is to be done.
 
     Raises
     ------
@@ -299,6 +299,8 @@ def restore_lazily(
             )
         )
     image = assembled(source, selection, restored) if restored else slide
+    if restored and package_of(slide) == "xarray":
+        image = slide.copy(data=image)
     return StackRestoration(image, tuple(diagnoses), tuple(records))
 
 

@@ -59,6 +59,11 @@ def is_lazy(stack: ArrayLike) -> bool:
     return not isinstance(stack, np.ndarray) or isinstance(stack, np.memmap)
 
 
+def package_of(array: object) -> str:
+    """Return the package whose array it is: "numpy", "dask", "zarr", "xarray", ..."""
+    return type(array).__module__.partition(".")[0]
+
+
 def needs(package: str) -> Any:
     """Import a package of the extra `stacks`.
 
@@ -80,7 +85,7 @@ def needs(package: str) -> Any:
 def as_dask(array: Any) -> Any:
     """Return an array as a Dask array, whose chunks are read where they are worked on."""
     dask = needs("dask.array")
-    if type(array).__module__.partition(".")[0] == "xarray":
+    if package_of(array) == "xarray":
         array = array.data
     if hasattr(array, "dask"):
         return array
@@ -164,7 +169,7 @@ class ZarrTarget:
             # The array is in every graph that reads from it, so the folder stays that long.
             weakref.finalize(self.array, shutil.rmtree, self.folder, ignore_errors=True)
         every = math.prod(self.source.shape[: self.leading])
-        kind = type(self.source).__module__.partition(".")[0]
+        kind = package_of(self.source)
         if len(self.written) == every and kind not in ("dask", "xarray"):
             return self.array
         dask = needs("dask.array")

@@ -282,7 +282,8 @@ def validate(
     model.eval()
     for number, (path, array) in enumerate(pictures.validation):
         micrograph = MICROGRAPHS in path.parent.parts
-        closely, whole = middle(array), middle(pyramid(array, side)[-1])
+        closely = middle(array)
+        whole = closely if micrograph else middle(pyramid(array, side)[-1])
         for kind in Degradation:
             if micrograph and kind.sigma is None:
                 continue

@@ -48,7 +48,7 @@ def command(name):
 
 def only_widget(viewer):
     """Return the plugin's widget in a viewer; there is never a second one, with its own undo."""
-    (widget,) = (each for each in WIDGETS if each.is_in(viewer.window))
+    (widget,) = (each for each in WIDGETS if each.show_in(viewer.window))
     return widget
 
 
