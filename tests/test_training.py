@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import reference_run
 from conftest import SMALL_COMPACT
 from dfpir import checkpoint, training
 from dfpir.degradation import Degradation
@@ -186,3 +187,10 @@ def test_the_whole_command(tmp_path, monkeypatch, pictures):
         start=output,
     )
     assert begun["patches"] == 4
+
+
+def test_the_reference_run_repeats(tmp_path, thorough):
+    logged = json.loads(reference_run.LOG.read_text(encoding="utf-8"))["losses"]
+    steps = reference_run.STEPS if thorough else 8
+    found = reference_run.losses(steps, tmp_path / "run.state")
+    assert reference_run.difference(found, logged[:steps]) <= 1e-3
