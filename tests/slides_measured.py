@@ -7,6 +7,7 @@
 `memory` restores a zarr array in a process of its own and reports the most it held. `cluster` does
 so on local workers of one thread each: one, two, and two of which one is killed halfway. `seams`
 compares blocks, with sampled statistics, to the picture restored as a whole, for every degradation.
+Not for Windows.
 """
 
 # ruff: noqa: T201 - a script; printing is what it is for
@@ -27,7 +28,7 @@ import zarr
 from skimage import data, transform
 from skimage.metrics import peak_signal_noise_ratio
 
-from dfpir import files, slides, synthesis
+from dfpir import files, slides, synthesis, weights
 from dfpir.degradation import Degradation
 from dfpir.restorer import Restorer
 from dfpir.zarr_files import restore_zarr
@@ -96,7 +97,7 @@ def cluster(options):
             LocalCluster(workers, threads_per_worker=1, dashboard_address=None) as local,
             Client(local) as client,
         ):
-            client.run(slides.shared_restorer, None, "cpu", "auto")
+            client.run(slides.shared_restorer, weights.default_name(), "cpu", "auto")
             first = next(iter(local.workers.values())).process.pid
             victims = [first] if kill else []
 

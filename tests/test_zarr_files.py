@@ -157,63 +157,77 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if "zarr" in path.name)
 
 
-def test_an_interrupted_run_leaves_the_old_output_and_can_be_resumed(
+def interrupt(source, output, kind, fraction=0.5, **options):
+    """Restore until a part is done; return the error that ended it."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        restore_zarr(source, output, kind, **options, on_step=Interruption(fraction))
+    return caught.value
+
+
+def test_an_interrupted_run_leaves_the_old_output_and_is_continued(
     tiny_weights, tmp_path, monkeypatch
 ):
     picture = grey(200, 200)
     source = write(tmp_path / "in.zarr", picture, chunks=(64, 64))
     output = write(tmp_path / "out.zarr", grey(8, 8), chunks=(8, 8))
-    options = {"weights": tiny_weights, "block": 64, "overwrite": True}
-    stop = Interruption(0.5)
-    with pytest.raises(KeyboardInterrupt):
-        restore_zarr(source, output, "rain", **options, on_step=stop)
-    assert stop.seen == sorted(stop.seen)
+    options = {"weights": tiny_weights, "block": 64}
+    error = interrupt(source, output, "rain", overwrite=True, **options)
+    assert error.__notes__ == ["What is finished is kept; the same command goes on with it."]
     same(zarr.open(str(output)), grey(8, 8))
-    assert names(tmp_path) == [".out.zarr.part", "in.zarr", "out.zarr"]
+    [draft, *others] = names(tmp_path)
+    assert others == ["in.zarr", "out.zarr"] and draft.startswith(".out.zarr.")
+    assert draft.endswith(".part")
+    # What a kill in the midst of writing leaves.
+    with (tmp_path / draft / "finished.txt").open("a") as file:
+        file.write("0 8")
+    (tmp_path / draft / "content" / "c.partial").touch()
 
     done = []
     put = zarr_files.put
     monkeypatch.setattr(zarr_files, "put", lambda *args: (done.append(args[2]), put(*args)))
     steps = Interruption(1)
-    restore_zarr(source, output, "rain", **options, resume=True, on_step=steps)
+    restore_zarr(source, output, "rain", **options, overwrite=True, on_step=steps)
     assert steps.seen == sorted(steps.seen)
-    # Of 16 blocks half were done, give or take those that were being worked on.
-    assert 4 <= len(done) <= 8
-    same(
-        zarr.open(str(output)), np.asarray(restore_lazily(picture, "rain", **plain(options)).image)
-    )
+    # Of 9 blocks five were noted; one more may have been written.
+    assert len(done) == 4
+    same(zarr.open(str(output)), np.asarray(restore_lazily(picture, "rain", **options).image))
     assert names(tmp_path) == ["in.zarr", "out.zarr"]
-
-
-def plain(options):
-    """The options that concern blocks."""
-    return {name: options[name] for name in ("weights", "block")}
-
-
-def test_without_resume_a_run_begins_anew(tiny_weights, tmp_path):
-    source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(64, 64))
-    output = tmp_path / "out.zarr"
-    options = {"weights": tiny_weights, "block": 64}
-    with pytest.raises(KeyboardInterrupt):
-        restore_zarr(source, output, "rain", **options, on_step=Interruption(0.5))
-    restore_zarr(source, output, "blur", **options)
-    expected = restore_lazily(grey(200, 200), "blur", **options).image
-    same(zarr.open(str(output)), np.asarray(expected))
-    assert names(tmp_path) == ["in.zarr", "out.zarr"]
+    assert not list(output.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("change", ["settings", "input"])
-def test_what_was_made_otherwise_is_not_resumed(tiny_weights, tmp_path, change):
+def test_a_draft_of_something_else_is_not_used(tiny_weights, tmp_path, change):
     source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(64, 64))
     output = tmp_path / "out.zarr"
     options = {"weights": tiny_weights, "block": 64}
-    with pytest.raises(KeyboardInterrupt):
-        restore_zarr(source, output, "rain", **options, on_step=Interruption(0.5))
+    interrupt(source, output, "rain", **options)
     kind = "blur" if change == "settings" else "rain"
     if change == "input":
         zarr.open(str(source), mode="r+")[:64, :64] = 3
-    with pytest.raises(ValueError, match=r"\.out\.zarr\.part was begun from another input, with"):
-        restore_zarr(source, output, kind, **options, resume=True)
+    picture = zarr.open(str(source))[:]
+    restore_zarr(source, output, kind, **options)
+    same(zarr.open(str(output)), np.asarray(restore_lazily(picture, kind, **options).image))
+    assert names(tmp_path) == ["in.zarr", "out.zarr"]
+
+
+def test_cancelling_before_the_first_block_leaves_nothing(tiny_weights, tmp_path):
+    source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(64, 64))
+    error = interrupt(source, tmp_path / "out.zarr", "rain", fraction=0, weights=tiny_weights)
+    assert not hasattr(error, "__notes__")
+    assert names(tmp_path) == ["in.zarr"]
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tiny_weights, tmp_path):
+    source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(64, 64))
+
+    def change(step):
+        if step.fraction > 0.5:
+            zarr.open(str(source), mode="r+")[:64, :64] = 3
+
+    options = {"weights": tiny_weights, "block": 64}
+    with pytest.raises(ValueError, match=r"in\.zarr has changed while it was restored"):
+        restore_zarr(source, tmp_path / "out.zarr", "rain", **options, on_step=change)
+    assert not (tmp_path / "out.zarr").exists()
 
 
 def test_an_output_that_is_done_is_left_alone_by_resume(tiny_weights, tmp_path):
@@ -222,53 +236,62 @@ def test_an_output_that_is_done_is_left_alone_by_resume(tiny_weights, tmp_path):
     options = {"weights": tiny_weights, "resume": True}
     first = restore_zarr(source, output, "rain", **options)
     (output / "mine.txt").touch()
-    again = restore_zarr(source, output, "rain", **options)
-    assert (output / "mine.txt").exists()
-    assert again.summary == first.summary
-    same(again.image, first.image[:])
-    with pytest.raises(ValueError, match=r"out.zarr exists and was made otherwise"):
+    for overwrite in (False, True):
+        again = restore_zarr(source, output, "rain", **options, overwrite=overwrite)
+        assert (output / "mine.txt").exists()
+        assert again.summary == first.summary
+        same(again.image, first.image[:])
+    with pytest.raises(ValueError, match=r"out.zarr exists and was made from another input or"):
         restore_zarr(source, output, "blur", **options)
+    # Another picture of the same shape is another input.
+    write(tmp_path / "other.zarr", grey(64, 64, seed=1), chunks=(64, 64))
+    with pytest.raises(ValueError, match=r"out.zarr exists and was made from another input or"):
+        restore_zarr(tmp_path / "other.zarr", output, "rain", **options)
 
 
-def test_an_output_that_was_moved_away_comes_back(tiny_weights, tmp_path):
-    """As after a crash between the two moves that replace an output."""
-    source = write(tmp_path / "in.zarr", grey(64, 64), chunks=(64, 64))
-    old = write(tmp_path / ".out.zarr.old", grey(8, 8), chunks=(8, 8))
-    with pytest.raises(ValueError, match="exists"):
-        restore_zarr(source, tmp_path / "out.zarr", "rain", weights=tiny_weights)
-    same(zarr.open(str(tmp_path / "out.zarr")), grey(8, 8))
-    # One that is left over is no obstacle either.
-    write(old, grey(9, 9), chunks=(9, 9))
-    restore_zarr(source, tmp_path / "out.zarr", "rain", weights=tiny_weights, overwrite=True)
-    assert zarr.open(str(tmp_path / "out.zarr")).shape == (64, 64)
-    assert names(tmp_path) == ["in.zarr", "out.zarr"]
+def test_consolidated_metadata_has_the_record(tiny_weights, tmp_path):
+    for version, zarr_format in (("0.4", 2), ("0.5", 3)):
+        source = write_ome(tmp_path / f"{version}.zarr", [grey(64, 64)], "yx", version)
+        zarr.consolidate_metadata(str(source), zarr_format=zarr_format)
+        output = tmp_path / f"{version}-out.zarr"
+        restore_zarr(source, output, "rain", weights=tiny_weights)
+        opened = zarr.open(str(output), mode="r")
+        assert opened.metadata.consolidated_metadata is not None
+        assert opened.attrs["dfpir"][0]["steps"] == ["rain"]
+        assert opened["0"].shape == (64, 64)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-def test_kill_at_any_moment_then_resume(tiny_weights, tmp_path, thorough):
+def test_kill_at_any_moment_then_the_same_again(tiny_weights, tmp_path, thorough):
     """SIGKILL leaves no half output, and what follows equals an undisturbed run."""
-    picture = grey(640, 640)
-    source = write(tmp_path / "in.zarr", picture, chunks=(64, 64))
+    finest = grey(512, 512)
+    levels = [finest, halved(finest), halved(halved(finest))]
+    source = write_ome(tmp_path / "in.zarr", levels, "yx", chunks=(64, 64))
     output = tmp_path / "out.zarr"
-    expected = np.asarray(
-        restore_lazily(picture, "rain", weights=tiny_weights, block=64, device="cpu").image
-    )
+    options = {"weights": tiny_weights, "block": 64, "device": "cpu"}
+    expected = np.asarray(restore_lazily(finest, "rain", **options).image)
     code = (
         "import sys; from dfpir.zarr_files import restore_zarr; "
         "restore_zarr(*sys.argv[1:4], weights=sys.argv[4], block=64, device='cpu', resume=True, "
-        "on_step=lambda step: print(step.fraction, flush=True))"
+        "on_step=lambda step: print(step.doing, flush=True))"
     )
     command = [sys.executable, "-c", code, *map(str, (source, output, "rain", tiny_weights))]
     moments = random.Random(0)
     for _ in range(20 if thorough else 2):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        for _ in range(moments.randint(1, 12)):
+        # After it has begun, within the first blocks or among the coarser levels.
+        for _ in range(moments.choice([1, 5, 20, 40, 70, 80, 200])):
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert not output.exists() or (zarr.open(str(output))[:] == expected).all()
+        if output.exists():
+            same(zarr.open(str(output))["0"], expected)
+            same(zarr.open(str(output))["2"], halved(halved(expected)))
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
-    same(zarr.open(str(output)), expected)
+    opened = zarr.open(str(output))
+    half = halved(expected)
+    for name, level in {"0": expected, "1": half, "2": halved(half)}.items():
+        same(opened[name], level)
     assert names(tmp_path) == ["in.zarr", "out.zarr"]
 
 
@@ -279,11 +302,20 @@ def test_what_cannot_be_restored_is_refused_in_one_line(tiny_weights, tmp_path):
         restore_zarr(source, other, "rain", weights=tiny_weights)
     with pytest.raises(ValueError, match="is the input"):
         restore_zarr(source, source, "rain", weights=tiny_weights, overwrite=True)
+    for inside in (source / "out.zarr", tmp_path):
+        with pytest.raises(ValueError, match="one within the other"):
+            restore_zarr(source, inside, "rain", weights=tiny_weights, overwrite=True)
+    (tmp_path / "results").mkdir()
+    with pytest.raises(ValueError, match="results exists and is no zarr folder"):
+        restore_zarr(source, tmp_path / "results", "rain", weights=tiny_weights, overwrite=True)
+    odd = write_ome(tmp_path / "odd.zarr", [grey(96, 96), grey(64, 64)], "yx")
+    with pytest.raises(ValueError, match=r"level of \(64, 64\) lies below one of \(96, 96\)"):
+        restore_zarr(odd, tmp_path / "out.zarr", "rain", weights=tiny_weights)
     (tmp_path / "empty.zarr").mkdir()
     with pytest.raises(ValueError, match="not a zarr array"):
         restore_zarr(tmp_path / "empty.zarr", tmp_path / "out.zarr")
     zarr.open_group(str(tmp_path / "group.zarr"), mode="w")
-    with pytest.raises(ValueError, match=r"not of an OME-Zarr picture .* Name the array"):
+    with pytest.raises(ValueError, match=r"not of an OME-Zarr picture .* Copy the array"):
         restore_zarr(tmp_path / "group.zarr", tmp_path / "out.zarr")
     damaged = json.loads((source / "zarr.json").read_text())
     damaged["shape"] = "many"
@@ -309,23 +341,50 @@ def test_the_command_line_restores_one_zarr(tiny_weights, tmp_path, capsys):
     assert cli.main(["restore", "a.png", "-o", "b.png", "--scheduler", "tcp://127.0.0.1:1"]) == 2
 
 
-def test_the_command_line_says_that_an_interrupted_run_can_be_resumed(
+def test_the_command_line_says_that_an_interrupted_run_can_be_continued(
     tiny_weights, tmp_path, capsys, monkeypatch
 ):
     source = write(tmp_path / "in.zarr", grey(200, 200), chunks=(200, 200))
     line = ["restore", str(source), "-o", str(tmp_path / "out.zarr"), "--weights"]
     line += [str(tiny_weights), "--degradation", "rain"]
-    put = zarr_files.Draft.finish
+    finish = zarr_files.Draft.finish
 
     def stop(draft, name):
-        put(draft, name)
+        finish(draft, name)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(zarr_files.Draft, "finish", stop)
     assert cli.main(line) == 130
-    assert "Finished blocks are kept; go on with --resume." in capsys.readouterr().err
-    monkeypatch.setattr(zarr_files.Draft, "finish", put)
+    assert "the same command goes on with it" in capsys.readouterr().err
+    monkeypatch.setattr(zarr_files.Draft, "finish", finish)
+    assert cli.main(line) == 0
     assert cli.main([*line, "--resume"]) == 0
+    assert "was done before" in capsys.readouterr().out
+
+
+def test_a_worker_that_does_not_see_the_folders_says_so(tmp_path):
+    with pytest.raises(OSError, match=r"in\.zarr is not seen on worker"):
+        zarr_files.must_see([tmp_path / "in.zarr"])
+
+
+def test_relative_names_mean_the_same_everywhere(tiny_weights, tmp_path, monkeypatch):
+    """Workers that were started in another folder would see nothing, and write elsewhere."""
+    distributed = pytest.importorskip("distributed")
+    write(tmp_path / "in.zarr", grey(96, 96), chunks=(96, 96))
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
+        monkeypatch.chdir(tmp_path)
+        restore_zarr(
+            "in.zarr",
+            "out.zarr",
+            "rain",
+            weights=tiny_weights.relative_to(tmp_path),
+            scheduler=cluster.scheduler_address,
+        )
+    expected = restore_lazily(grey(96, 96), "rain", weights=tiny_weights).image
+    found = zarr.open(str(tmp_path / "out.zarr"))[:]
+    assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_a_scheduler_that_does_not_answer_is_named(tiny_weights, tmp_path, monkeypatch):
@@ -342,6 +401,7 @@ def test_a_scheduler_that_does_not_answer_is_named(tiny_weights, tmp_path, monke
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_a_worker_killed_halfway_changes_nothing(tiny_weights, tmp_path):
     distributed = pytest.importorskip("distributed")
     source = write(tmp_path / "in.zarr", grey(640, 640), chunks=(128, 128))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dfpir.folders import Estimate, Job, Outcome
     from dfpir.model import Progress
     from dfpir.restorer import Restorer
+    from dfpir.stacks import Step
 
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -103,7 +104,7 @@ def add_restore(commands: Commands) -> None:
         required=True,
         type=Path,
         metavar="OUT",
-        help="a picture's name for one input; a folder otherwise",
+        help="a picture's name for one input, a .zarr for a .zarr; a folder otherwise",
     )
     parser.add_argument(
         "--degradation",
@@ -276,6 +277,12 @@ def complain(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def complain_notes(error: BaseException) -> None:
+    """Print what was noted on an error."""
+    for note in getattr(error, "__notes__", ()):
+        complain(note)
+
+
 class Bar:
     """A progress bar for work measured as (done, total), shown after half a second."""
 
@@ -320,7 +327,7 @@ def run_restore(options: argparse.Namespace) -> int:
 
 def restore_slide(options: argparse.Namespace) -> int:
     """Restore one zarr array or OME-Zarr picture; see `dfpir.zarr_files`."""
-    from dfpir.zarr_files import can_resume, is_zarr, restore_zarr
+    from dfpir.zarr_files import DONE_BEFORE, is_zarr, restore_zarr
 
     unfit = [
         name
@@ -341,24 +348,28 @@ def restore_slide(options: argparse.Namespace) -> int:
         message = f"--{unfit[0].replace('_', '-')} is for pictures, not for a .zarr; leave it out"
         raise UsageError(message)
     source = options.inputs[0]
-    try:
-        with Bar(source.name) as progress:
-            done = restore_zarr(
-                source,
-                options.output,
-                options.degradation,
-                scheduler=options.scheduler,
-                overwrite=options.overwrite,
-                resume=options.resume,
-                weights=options.weights,
-                device=options.device,
-                strength=options.strength,
-                on_step=lambda step: progress(round(1000 * step.fraction), 1000),
-            )
-    except BaseException:
-        if can_resume(options.output):
-            complain("Finished blocks are kept; go on with --resume.")
-        raise
+    steps: list[Step] = []
+    with Bar(source.name) as progress:
+
+        def show(step: Step) -> None:
+            steps[:] = [step]
+            progress(round(1000 * step.fraction), 1000)
+
+        done = restore_zarr(
+            source,
+            options.output,
+            options.degradation,
+            scheduler=options.scheduler,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            weights=options.weights,
+            device=options.device,
+            strength=options.strength,
+            on_step=show,
+        )
+    if steps[-1].doing == DONE_BEFORE:
+        say(f"{options.output} was done before.")
+        return 0
     say(f"{source} -> {options.output}: {done.summary}")
     return 0
 
@@ -650,10 +661,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         complain(f"dfpir: {error}.")
         return USAGE
-    except (ValueError, OSError) as error:
-        complain(f"dfpir: {error}")
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        complain(f"dfpir: {str(error) or type(error).__name__}")
+        complain_notes(error)
         return FAILED
-    except KeyboardInterrupt:
-        complain("dfpir: stopped; what was finished is kept.")
+    except KeyboardInterrupt as error:
+        complain("dfpir: stopped.")
+        complain_notes(error)
         return 130
     return status

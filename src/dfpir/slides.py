@@ -262,6 +262,8 @@ def restore_lazily(
     told = None if degradation == AUTO else Degradation.from_name(degradation)
     path = weights_module.resolve(weights)
     name = str(weights or weights_module.default_name())
+    # A file's name has to mean the same to workers that were started elsewhere.
+    everywhere = str(path.absolute()) if weights and Path(weights) == path else name
     digest = weights_module.file_hash(path)
     selection = Selection.of(slide, rgb=rgb, channel_axis=channel_axis)
     source = as_dask(slide)
@@ -277,7 +279,7 @@ def restore_lazily(
         diagnosis = Diagnosis.from_user(told) if told else judge(read, seen, rgb=rgb)
         kind = diagnosis.degradation if diagnosis.verdict == "degraded" and strength > 0 else None
         if kind is not None:
-            recipe = Recipe(name, digest, device, dtype, kind, strength, seen, rgb)
+            recipe = Recipe(everywhere, digest, device, dtype, kind, strength, seen, rgb)
             for index in part.planes:
                 restored[index] = restored_plane(source[index], recipe, side)
         note = caution(kind, rgb=rgb) if kind else None

@@ -86,7 +86,8 @@ def as_dask(array: Any) -> Any:
     """Return an array as a Dask array, whose chunks are read where they are worked on."""
     dask = needs("dask.array")
     if package_of(array) == "xarray":
-        array = array.data
+        # One that is opened from a file would be read as a whole.
+        array = (array if array.chunks else array.chunk("auto")).data
     if hasattr(array, "dask"):
         return array
     chunks = getattr(array, "shards", None) or getattr(array, "chunks", None) or "auto"

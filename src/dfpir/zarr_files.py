@@ -1,9 +1,8 @@
 """Zarr and OME-Zarr on disk: restored into a copy of the same layout, with its pyramid.
 
-The copy has the original's metadata, labels and whatever else lies in its folder; only the levels
-of the picture itself are new. It is written in a draft beside the output and moved to its name when
-it is whole. A draft keeps a list of the parts that are finished, so that a run that was interrupted
-can be resumed.
+The copy of an OME-Zarr picture has the original's metadata, labels and whatever else lies in its
+folder; only the levels of the picture itself are new. It appears under its name when it is whole,
+and a run that was interrupted is continued by the next (see `dfpir.drafts`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfpir.degradation import Degradation
-from dfpir.record import RestorationRecord
+from dfpir.drafts import Draft, recover
+from dfpir.record import RestorationRecord, package_version
 from dfpir.restorer import AUTO
 from dfpir.slides import BLOCK, restore_lazily, side_of
 from dfpir.stacks import OnStep, Reporter, StackRestoration
@@ -43,8 +44,14 @@ OnFinished = Callable[[str], None]
 
 Runner = Callable[[Mapping[str, Any], OnFinished], None]
 
-RECORDS = "dfpir"
-"""Attribute of an output that holds its records."""
+RECORDS, KEY = "dfpir", "dfpir_key"
+"""Attributes of an output that hold its records, and the hash of all that it depends on."""
+
+DONE_BEFORE = "done before"
+"""The last step of a run that found its output."""
+
+METADATA = ("zarr.json", ".zarray", ".zgroup")
+"""Files of which every zarr folder has one."""
 
 DECISIVE = ("weights_sha256", "steps", "strength", "value_range", "dtype", "scope")
 """Entries of a record that the values of an output depend on, besides the input."""
@@ -72,100 +79,7 @@ class Layout:
     channels: int | None
 
 
-class Draft:
-    """An output that is not whole yet, in a hidden folder beside its final place.
-
-    Parameters
-    ----------
-    output : Path
-        Its final place.
-    key : str
-        What the parts depend on; those of another key are of no use.
-    """
-
-    def __init__(self, output: Path, key: str) -> None:
-        self.output, self.key = output, key
-        self.folder = beside(output, "part")
-        self.picture = self.folder / "picture"
-        self.list = self.folder / "finished.txt"
-        self.finished: set[str] = set()
-
-    def resume(self) -> bool:
-        """Take over the parts of an earlier run; return whether there are any.
-
-        Raises
-        ------
-        ValueError
-            If they were made from another input or with other settings.
-        """
-        if not self.list.is_file():
-            return False
-        key, *names = self.list.read_text(encoding="utf-8").split("\n")
-        if key != self.key:
-            message = (
-                f"{self.folder} was begun from another input, with other settings or weights; "
-                "leave out resume to begin anew."
-            )
-            raise ValueError(message)
-        self.finished = set(names[:-1])  # The last line may have been cut short.
-        return bool(self.finished)
-
-    def begin(self) -> None:
-        """Start with an empty folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        self.finished = set()
-
-    def finish(self, name: str) -> None:
-        """Note that a part is written."""
-        text = f"{name}\n" if self.list.exists() else f"{self.key}\n{name}\n"
-        with self.list.open("a", encoding="utf-8") as file:
-            file.write(text)
-        self.finished.add(name)
-
-    def drop_if_empty(self) -> None:
-        """Leave nothing behind if nothing in it is of use."""
-        if not self.finished:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def publish(self) -> None:
-        """Put the whole picture in its place.
-
-        A folder cannot replace another at one stroke. If the process dies between the two moves,
-        `recover` brings the old output back.
-        """
-        old = beside(self.output, "old")
-        if self.output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
-        self.picture.rename(self.output)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def beside(output: Path, what: str) -> Path:
-    """Name a hidden folder beside an output."""
-    return output.with_name(f".{output.name}.{what}")
-
-
-def can_resume(output: Path) -> bool:
-    """Tell whether an interrupted run has left finished parts of an output."""
-    return Draft(output, "").list.is_file()
-
-
-def recover(output: Path) -> None:
-    """Bring back an output that a run moved away and did not live to replace."""
-    old = beside(output, "old")
-    if old.exists() and not output.exists():
-        old.rename(output)
-
-
-def decisive(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return those entries of records on which the values of an output depend."""
-    return [{name: each.get(name) for name in DECISIVE} for each in records]
-
-
-def source_key(source: Path, records: Sequence[RestorationRecord], side: int) -> str:
+def draft_key(source: Path, records: Sequence[RestorationRecord], side: int) -> str:
     """Return a hash of all that the blocks of an output depend on.
 
     Files of the source stand for their contents by name, size and time of change.
@@ -173,7 +87,8 @@ def source_key(source: Path, records: Sequence[RestorationRecord], side: int) ->
     files = sorted(path for path in source.rglob("*") if path.is_file())
     seen = [(path.relative_to(source).as_posix(), path.stat()) for path in files]
     listed = [(name, facts.st_size, facts.st_mtime_ns) for name, facts in seen]
-    text = json.dumps([listed, decisive([each.as_dict() for each in records]), side])
+    made = [[getattr(each, name) for name in DECISIVE] for each in records]
+    text = json.dumps([package_version(), listed, made, side])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -221,19 +136,44 @@ def layout_of(path: Path) -> Layout:
         axes = [each if isinstance(each, str) else each["name"] for each in scales[0]["axes"]]
         levels = [opened[each] for each in paths]
         fits = all(level.ndim == len(axes) for level in levels) and axes[-2:] == ["y", "x"]
-    except (IndexError, KeyError, TypeError):
+    except (AttributeError, IndexError, KeyError, TypeError):
         fits = False
     if not fits:
         message = (
-            f"{path}: a group, but not of an OME-Zarr picture whose axes end with y and x. Name "
-            "the array inside it."
+            f"{path}: a group, but not of an OME-Zarr picture whose axes end with y and x. Copy "
+            "the array inside it to a .zarr of its own."
         )
         raise ValueError(message)
+    for finer, coarser in itertools.pairwise(levels):
+        check_factors(path, finer.shape, coarser.shape)
     channels = axes.index("c") if "c" in axes else None
     finest = levels[0]
     if channels is not None and finest.dtype == np.uint8 and finest.shape[channels] in COLOURS:
         return Layout(paths, channels, None)
     return Layout(paths, None, channels)
+
+
+def check_factors(path: Path, finer: Sequence[int], coarser: Sequence[int]) -> None:
+    """Make sure that a level is smaller by whole numbers, rounded up or down.
+
+    Raises
+    ------
+    ValueError
+        If it is not.
+    """
+    for fine, coarse in zip(finer, coarser, strict=True):
+        factor = factor_of(fine, coarse)
+        if coarse not in (max(fine // factor, 1), -(-fine // factor)):
+            message = (
+                f"{path}: a level of {tuple(coarser)} lies below one of {tuple(finer)}; expected "
+                "sides that are smaller by whole numbers. Make its levels anew."
+            )
+            raise ValueError(message)
+
+
+def factor_of(fine: int, coarse: int) -> int:
+    """Return by how much a side of a level is smaller than that of the finer one."""
+    return max(round(fine / coarse), 1)
 
 
 def restore_zarr(
@@ -259,15 +199,15 @@ def restore_zarr(
         Address of a `dask.distributed` scheduler, such as ``"tcp://10.0.0.1:8786"``; without it
         this machine does the work.
     overwrite : bool
-        Whether `output` may be replaced.
+        Whether a zarr folder called `output` may be replaced.
     resume : bool
-        Whether to go on from what an interrupted run with the same settings has finished. It lies
-        in a hidden folder beside the output, which any other run for this output removes. An
-        output that is whole and has the same record is left as it is.
+        Whether an output that an earlier run has made of the same input with the same settings is
+        left as it is. What an interrupted run of that kind has finished is used in any case.
     block : int, optional
         Side of the blocks; see `dfpir.slides.restore_lazily`.
     on_step : callable, optional
-        Called with each `dfpir.stacks.Step`; raising from it interrupts.
+        Called with each `dfpir.stacks.Step`; raising from it interrupts. Finished blocks are then
+        kept in a hidden folder beside the output; a note on the error says so.
     **options
         `weights`, `device`, `dtype`, `strength`, `value_range`: see `restore_lazily`.
 
@@ -280,19 +220,15 @@ def restore_zarr(
     Raises
     ------
     ValueError
-        If the source is no such picture, the output exists, what is to be resumed was made
-        otherwise, or an argument does not fit.
+        If the source is no such picture or changes meanwhile, the output exists, or an argument
+        does not fit.
     OSError
-        If the scheduler does not answer, or the disk is full.
+        If the scheduler does not answer, workers do not see the folders or die again and again,
+        or the disk is full.
     """
-    source, output = Path(source), Path(output)
-    if output.resolve() == source.resolve():
-        message = f"{output} is the input; choose another output."
-        raise ValueError(message)
-    recover(output)
-    if output.exists() and not (overwrite or resume):
-        message = f"{output} exists; add overwrite to replace it, or choose another output."
-        raise ValueError(message)
+    # Workers of a cluster may have been started elsewhere.
+    source, output = Path(source).absolute(), Path(output).absolute()
+    check_places(source, output, replace=overwrite or resume)
     layout = layout_of(source)
     levels = [open_level(source, path) for path in layout.paths]
     reporter = Reporter(on_step)
@@ -311,38 +247,70 @@ def restore_zarr(
         on_step=lambda step: reading.say(step.doing, round(100 * step.fraction), 100),
         **options,
     )
-    if output.exists() and not overwrite:
-        made = dict(open_zarr(output).attrs).get(RECORDS, [])
-        if decisive(made) != decisive([each.as_dict() for each in done.records]):
-            message = (
-                f"{output} exists and was made otherwise; add overwrite to replace it, or choose "
-                "another output."
-            )
-            raise ValueError(message)
+    key = draft_key(source, done.records, side)
+    if resume and output.exists() and open_zarr(output).attrs.get(KEY) == key:
+        reporter.say(DONE_BEFORE, 1, 1)
         return StackRestoration(open_level(output, layout.paths[0]), done.diagnoses, done.records)
-    draft = Draft(output, source_key(source, done.records, side))
-    if not (resume and draft.resume()):
-        draft.begin()
+    if output.exists() and not overwrite:
+        message = (
+            f"{output} exists and was made from another input or with other settings; add "
+            "overwrite to replace it, or choose another output."
+        )
+        raise ValueError(message)
+    draft = Draft(output, key)
     try:
+        draft.open()
         if done.changed:
             image = done.image
             if layout.colours is not None:
                 image = needs("dask.array").moveaxis(image, -1, layout.colours)
-            unit = unit_for(levels[0], layout, side)
             if not draft.finished:
-                lay_out(source, draft.picture, layout, levels, unit)
-            write_levels(draft, layout, image, scheduler, writing)
-            consolidate_like(source, draft.picture)
+                unit = unit_for(levels[0], layout, side)
+                lay_out(source, draft.content, layout, levels, unit)
+            write_levels(source, draft, layout, image, scheduler, writing)
         else:
-            shutil.copytree(source, draft.picture)
-        opened = open_zarr(draft.picture, "r+")
-        opened.attrs[RECORDS] = [each.as_dict() for each in done.records]
-    except BaseException:
-        draft.drop_if_empty()
+            shutil.copytree(source, draft.content)
+        attributes = {RECORDS: [each.as_dict() for each in done.records], KEY: key}
+        open_zarr(draft.content, "r+").attrs.update(attributes)
+        consolidate_like(source, draft.content)
+        if draft_key(source, done.records, side) != key:
+            message = f"{source} has changed while it was restored; restore it again."
+            raise ValueError(message)
+        draft.publish(overwrite=overwrite)
+    except BaseException as error:
+        draft.interrupt(error)
         raise
-    draft.publish()
     reporter.say("done", 1, 1)
     return StackRestoration(open_level(output, layout.paths[0]), done.diagnoses, done.records)
+
+
+def check_places(source: Path, output: Path, *, replace: bool) -> None:
+    """Make sure that writing the output harms nothing.
+
+    Raises
+    ------
+    ValueError
+        If it may not be replaced, is no zarr folder, or one path lies within the other.
+    """
+    here, there = source.resolve(), output.resolve()
+    if here == there:
+        message = f"{output} is the input; choose another output."
+        raise ValueError(message)
+    if here in there.parents or there in here.parents:
+        message = f"{source} and {output} lie one within the other; choose another output."
+        raise ValueError(message)
+    recover(output)
+    if output.exists() and not has_metadata(output):
+        message = f"{output} exists and is no zarr folder; choose another output."
+        raise ValueError(message)
+    if output.exists() and not replace:
+        message = f"{output} exists; add overwrite to replace it, or choose another output."
+        raise ValueError(message)
+
+
+def has_metadata(folder: Path) -> bool:
+    """Tell whether a folder is one of zarr."""
+    return any((folder / name).is_file() for name in METADATA)
 
 
 def open_level(folder: Path, path: str) -> Any:
@@ -412,12 +380,18 @@ def lay_out(
 
 
 def write_levels(
-    draft: Draft, layout: Layout, image: Any, scheduler: str | None, reporter: Reporter
+    source: Path,
+    draft: Draft,
+    layout: Layout,
+    image: Any,
+    scheduler: str | None,
+    reporter: Reporter,
 ) -> None:
     """Write a restored picture, and the coarser levels made of it, where they are not yet."""
     delayed = needs("dask").delayed
-    opened = open_zarr(draft.picture, "r+")
+    opened = open_zarr(draft.content, "r+")
     levels = [opened[path] if path else opened for path in layout.paths]
+    folders = (source, draft.content)
     total = sum(level.size for level in levels)
     begun = 0
     with runner(scheduler) as run:
@@ -427,10 +401,10 @@ def write_levels(
             if number == 0:
                 regions = needs("dask.array.core").slices_from_chunks(image.chunks)
                 blocks = zip(image.to_delayed().ravel(), regions, strict=True)
-                tasks = [delayed(put)(block, level, region) for block, region in blocks]
+                tasks = [delayed(put)(block, level, region, folders) for block, region in blocks]
             else:
                 finer, regions = levels[number - 1], regions_of(level, layout)
-                tasks = [delayed(shrink)(finer, level, region) for region in regions]
+                tasks = [delayed(shrink)(finer, level, region, folders) for region in regions]
             named = {f"{number} {part}": task for part, task in enumerate(tasks)}
             compute_missing(named, draft, run, share)
 
@@ -457,8 +431,26 @@ def consolidate_like(source: Path, folder: Path) -> None:
         zarr.consolidate_metadata(str(folder))
 
 
-def put(block: NDArray[Any], target: Any, region: Region) -> None:
+def must_see(folders: Sequence[Path]) -> None:
+    """Make sure that zarr folders are seen here; what is missing reads as empty.
+
+    Raises
+    ------
+    OSError
+        If one is not.
+    """
+    for folder in folders:
+        if not has_metadata(folder):
+            message = (
+                f"{folder} is not seen on worker {platform.node()}; all workers need the same "
+                "folders under the same names."
+            )
+            raise OSError(message)
+
+
+def put(block: NDArray[Any], target: Any, region: Region, folders: Sequence[Path]) -> None:
     """Write one block."""
+    must_see(folders)
     target[region] = block
 
 
@@ -476,15 +468,13 @@ def regions_of(level: Any, layout: Layout) -> list[Region]:
     ]
 
 
-def shrink(finer: Any, coarser: Any, region: Region) -> None:
+def shrink(finer: Any, coarser: Any, region: Region, folders: Sequence[Path]) -> None:
     """Write one region of a coarser level: means of the finer one, rounded for integers.
 
     A level is smaller by whole numbers, rounded up or down; edges stand for what is missing.
     """
-    factors = [
-        max(round(fine / coarse), 1)
-        for fine, coarse in zip(finer.shape, coarser.shape, strict=True)
-    ]
+    must_see(folders)
+    factors = list(map(factor_of, finer.shape, coarser.shape))
     lengths = [
         min(part.stop, coarse) - part.start
         for part, coarse in zip(region, coarser.shape, strict=True)
@@ -509,9 +499,9 @@ def shrink(finer: Any, coarser: Any, region: Region) -> None:
 
 @contextlib.contextmanager
 def runner(scheduler: str | None) -> Iterator[Runner]:
-    """Return what computes named tasks and calls with the name of each that is done.
+    """Return a function that computes named tasks, here or on a cluster.
 
-    It works here, or on a cluster.
+    It says the name of each that is done.
 
     Raises
     ------
@@ -540,12 +530,24 @@ def run_here(tasks: Mapping[str, Any], on_finished: OnFinished) -> None:
 
 
 def run_there(client: Any, tasks: Mapping[str, Any], on_finished: OnFinished) -> None:
-    """Compute tasks on a cluster; what a worker that dies had to do is done by another."""
+    """Compute tasks on a cluster; what a worker that dies had to do is done by another.
+
+    Raises
+    ------
+    OSError
+        If workers die again and again.
+    """
+    distributed = needs("distributed")
     futures = client.compute(list(tasks.values()), retries=RETRIES)
     names = dict(zip(futures, tasks, strict=True))
     try:
-        for future in needs("distributed").as_completed(futures):
+        for future in distributed.as_completed(futures):
             future.result()
-            on_finished(names[future])
+            on_finished(names.pop(future))
+            # It is on disk: nobody has to do it again if this worker dies.
+            future.release()
+    except distributed.KilledWorker as error:
+        message = f"The workers died of one block, for want of memory perhaps ({error})."
+        raise OSError(message) from error
     finally:
-        client.cancel(futures)
+        client.cancel(list(names))
