@@ -75,6 +75,12 @@ def test_low_light_is_dark(sharp):
     assert (dark.mean(dim=(1, 2, 3)) < 0.6 * sharp.mean(dim=(1, 2, 3))).all()
 
 
+def test_black_stays_black_in_the_dark():
+    """Rounding must not take a value below the foot of the curve."""
+    dark = synthesis.low_light(torch.zeros(64, 3, 16, 16), seeded())
+    assert dark.isfinite().all() and float(dark.median()) < 0.05
+
+
 @pytest.mark.parametrize("brightness", [0.15, 0.3, 0.46, 0.7])
 def test_a_good_exposure_is_nearer_to_the_middle_and_keeps_order(sharp, brightness):
     pixels = (sharp * brightness / sharp.mean(dim=(1, 2, 3), keepdim=True)).clamp(0, 1)

@@ -210,27 +210,30 @@ def low_light(pixels: Tensor, generator: Generator) -> Tensor:
     pixels, as the interpolation of colours and a camera's own denoising leave it.
     """
     count = len(pixels)
-    # Cameras draw curves of their own through the shadows; the steepest are those of files that
-    # hold light itself, without its usual encoding.
-    contrast = log_uniform(count, 0.7, 2.4, generator)
-    exposure = log_uniform(count, 0.006, 0.2, generator) ** (1 / contrast)
+    # Cameras draw curves of their own through the shadows: a power, with a straight foot that is
+    # often shorter than that of sRGB, and more or less contrast.
+    power = uniform(count, 0.38, 0.55, generator)
+    foot = log_uniform(count, 3e-5, 3e-3, generator)
+    contrast = log_uniform(count, 0.7, 1.8, generator)
+    exposure = log_uniform(count, 0.004, 0.2, generator) ** (1 / contrast)
     balance = 1 + 0.4 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     black = 0.001 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     noisy = (torch.rand(count, 1, 1, 1, generator=generator) < 0.8).float()
     smeared = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
     shot = noisy * log_uniform(count, 1e-6, 4e-4, generator)
     read = noisy * log_uniform(count, 1e-4, 2e-3, generator)
-    gain, black, smeared, shot, read, contrast = (
+    gain, black, smeared, shot, read, power, foot, contrast = (
         value.to(pixels.device)
-        for value in (exposure * balance, black, smeared, shot, read, contrast)
+        for value in (exposure * balance, black, smeared, shot, read, power, foot, contrast)
     )
     photons = rgb_to_linear_rgb(pixels) * gain
     deviation = (shot * photons + read**2).sqrt()
     noise = deviation * normal_like(pixels, generator)
     # The blur takes a factor of about 2.8 from white noise.
     noise = torch.where(smeared, 2 * gaussian_blur2d(noise, (5, 5), (0.8, 0.8)), noise)
-    sensed = photons + black + noise
-    return quantised(linear_rgb_to_rgb(sensed.clamp(0, 1)) ** contrast)
+    sensed = (photons + black + noise).clamp(0, 1)
+    encoded = ((sensed + foot) ** power - foot**power) / ((1 + foot) ** power - foot**power)
+    return quantised(encoded.clamp(min=0) ** contrast)
 
 
 WELL_EXPOSED = 0.46

@@ -46,11 +46,11 @@ MICROGRAPHS = "micrographs"
 """Pictures in a folder of this name are fluorescence or stained tissue, not photographs."""
 
 SHARES: dict[Degradation | None, float] = {
-    None: 0.50,  # noise of any strength
-    Degradation.RAIN: 0.11,
-    Degradation.HAZE: 0.15,
-    Degradation.BLUR: 0.09,
-    Degradation.LOW_LIGHT: 0.15,
+    None: 0.40,  # noise of any strength
+    Degradation.RAIN: 0.09,
+    Degradation.HAZE: 0.17,
+    Degradation.BLUR: 0.08,
+    Degradation.LOW_LIGHT: 0.26,
 }
 """Fraction of the pixels that each degradation gets."""
 
