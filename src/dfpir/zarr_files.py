@@ -313,9 +313,9 @@ def has_metadata(folder: Path) -> bool:
     return any((folder / name).is_file() for name in METADATA)
 
 
-def open_level(folder: Path, path: str) -> Any:
-    """Open one level of a folder for reading."""
-    opened = open_zarr(folder)
+def open_level(folder: Path, path: str, mode: str = "r") -> Any:
+    """Open one level of a folder."""
+    opened = open_zarr(folder, mode)
     return opened[path] if path else opened
 
 
@@ -389,8 +389,7 @@ def write_levels(
 ) -> None:
     """Write a restored picture, and the coarser levels made of it, where they are not yet."""
     delayed = needs("dask").delayed
-    opened = open_zarr(draft.content, "r+")
-    levels = [opened[path] if path else opened for path in layout.paths]
+    levels = [open_level(draft.content, path, "r+") for path in layout.paths]
     folders = (source, draft.content)
     total = sum(level.size for level in levels)
     begun = 0
