@@ -14,6 +14,7 @@ every degradation. Not for Windows.
 
 import argparse
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import dask
 import numpy as np
 import torch
 import zarr
@@ -93,6 +95,11 @@ def cluster(options):
         source = write_noisy(Path(folder, "in.zarr"), options.side)
         blocks = (-(-options.side // BLOCK)) ** 2
         say(f"{options.side} x {options.side}, {blocks} blocks")
+        lazy = slides.restore_lazily(zarr.open_array(str(source), mode="r"), "noise-25").image
+        tasks = len(dict(dask.optimize(lazy)[0].__dask_graph__()))
+        attention = Restorer(device="cpu").measure(torch.zeros(1, 3, 64, 64), Degradation.NOISE_25)
+        size = len(pickle.dumps(attention))
+        say(f"{tasks / blocks:.1f} tasks a block; the attention is {size / 1e6:.2f} MB")
         gains, rates = [], {1: [], 2: []}
         for number in range(options.rounds):
             # Turn and turn about: the machine may be faster at one time than at another.

@@ -122,7 +122,7 @@ def test_the_command_writes_everything(tmp_path, capsys):
     readme.write_text("before\n<!-- speed -->\nold\n<!-- /speed -->\nafter\n", encoding="utf-8")
     given = "--presets tiny --sizes 16x24 --variants plain dfpir --repeats 1 --no-memory"
     written = {"--json": tmp_path / "speed.json", "--plot": tmp_path / "speed.png"}
-    written["--readme"] = readme
+    written["--fill"] = readme
     paths = [str(each) for pair in written.items() for each in pair]
     status = main(["benchmark", *given.split(), *paths])
     assert status == 0
@@ -140,10 +140,3 @@ def test_a_wrong_size_is_named(size, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", "--sizes", size])
     assert f"'{size}'" in capsys.readouterr().err
-
-
-def test_a_readme_without_markers_is_refused(tmp_path):
-    (tmp_path / "README.md").write_text("nothing", encoding="utf-8")
-    report = Report([], {}, module.machine(torch.device("cpu")))
-    with pytest.raises(ValueError, match="no lines '<!-- speed -->'"):
-        module.write_table(report, tmp_path / "README.md")

@@ -14,6 +14,7 @@ from dfpir import classical, evaluation, weights
 from dfpir.degradation import Degradation, Diagnosis
 from dfpir.evaluation import EvaluationError, evaluate, noise_level, with_noise
 from dfpir.files import write_image
+from dfpir.markdown import filled
 
 
 class FakeRestorer:
@@ -71,6 +72,8 @@ def test_identity_scores_as_its_input(pictures):
         ("CBSD68", 15.0, 3),
         ("CBSD68", 25.0, 3),
         ("CBSD68", 50.0, 3),
+        ("CBSD68", 60.0, 3),
+        ("CBSD68", 75.0, 3),
         ("Rain100L", None, 3),
         ("W2S", None, 1),
     ]
@@ -80,7 +83,7 @@ def test_identity_scores_as_its_input(pictures):
     assert [told for told, _ in fake.seen] == [
         *[Degradation.NOISE_15] * 3,
         *[Degradation.NOISE_25] * 3,
-        *[Degradation.NOISE_50] * 3,
+        *[Degradation.NOISE_50] * 9,  # 60 and 75 cannot be told
         *[Degradation.RAIN] * 3,
         Degradation.NOISE_50,
     ]
@@ -205,7 +208,7 @@ def test_markdown_has_a_row_per_set_and_its_notes(pictures):
         write_pair(pictures / name, "a.png", photograph(1), photograph(2))
     result = evaluate(pictures, restorer=FakeRestorer())
     table = [line for line in result.markdown().splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(result.rows) == 2 + 8
+    assert len(table) == 2 + len(result.rows) == 2 + 10
     assert len({line.count("|") for line in table}) == 1
     for note in ("not the SOTS-outdoor", "not comparable with published GoPro", "not LOL"):
         assert note in result.markdown()
@@ -221,6 +224,7 @@ def test_published_scores_stand_beside_the_whole_set_only(pictures):
     whole = evaluation.EvaluationRow(
         "Rain100L",
         Degradation.RAIN,
+        None,
         100,
         evaluation.Score(25.5, 0.83),
         evaluation.Score(30.0, 0.9),
@@ -279,28 +283,17 @@ def test_classical_tools_are_named_beside_their_scores(pictures):
     assert f"({row['tool']})" in result.markdown() and row["classical"]["psnr"] > 0
 
 
-def test_a_document_is_filled_between_its_marks_and_again(pictures):
-    scores = evaluate(pictures, restorer=FakeRestorer()).as_dict()
-    before = "above\n<!-- scores -->\n| former |\n<!-- /scores -->\nbelow\n"
-    filled = evaluation.fill(before, scores)
-    assert filled.startswith("above\n<!-- scores -->\n| set |")
-    assert filled.endswith("\n<!-- /scores -->\nbelow\n") and "former" not in filled
-    assert "s/image" not in filled and evaluation.fill(filled, scores) == filled
-    with pytest.raises(EvaluationError, match="has no lines <!-- scores -->"):
-        evaluation.fill("nothing", scores)
-
-
 def test_the_readme_shows_the_scores_of_the_bundled_weights():
     entry = weights.find_entry(weights.default_name())
     scores = {"rows": entry.facts["scores"], "weights": {"name": entry.name}, "limit": None}
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert evaluation.fill(readme, scores) == readme
+    assert filled(readme, "scores", evaluation.table(scores, timed=False)) == readme
 
 
 def test_progress_counts_pictures_and_cancels(pictures):
     seen = []
     evaluate(pictures, restorer=FakeRestorer(), on_progress=lambda *step: seen.append(step))
-    assert seen == [(number, 13) for number in range(1, 14)]
+    assert seen == [(number, 19) for number in range(1, 20)]
 
     def stop(done, total):
         raise KeyboardInterrupt
@@ -381,7 +374,6 @@ def test_folder_that_is_none_and_limit_of_none_are_refused(tmp_path):
 
 
 def test_missing_scikit_image_is_named(pictures, monkeypatch):
-    evaluation.metrics.cache_clear()
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(EvaluationError, match=r'pip install "dfpir\[cli\]"'):
         evaluate(pictures, restorer=FakeRestorer())

@@ -524,23 +524,6 @@ def plot(report: Report, path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_table(report: Report, path: Path) -> None:
-    """Put the table between the markers ``<!-- speed -->`` of a Markdown file.
-
-    Raises
-    ------
-    ValueError
-        If the file has no such markers.
-    """
-    text = path.read_text(encoding="utf-8")
-    head, opened, rest = text.partition("<!-- speed -->\n")
-    _, closed, tail = rest.partition("<!-- /speed -->")
-    if not opened or not closed:
-        message = f"{path} has no lines '<!-- speed -->' and '<!-- /speed -->'; add them first."
-        raise ValueError(message)
-    path.write_text(f"{head}{opened}{report.markdown()}\n{closed}{tail}", encoding="utf-8")
-
-
 def write_json(report: Report, path: Path) -> None:
     """Write a report as JSON."""
     path.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")

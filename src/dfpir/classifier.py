@@ -252,6 +252,20 @@ def diagnosis(kinds: Mapping[str, float], sigma: float) -> Diagnosis:
     return Diagnosis(verdict, degradation, {**dealt, **others}, estimate)
 
 
+def kinds_of(diagnosis: Diagnosis) -> dict[str, float]:
+    """Return the probabilities of `KINDS`, in this order, from those of a diagnosis."""
+    dealt = diagnosis.probabilities
+    kinds = {kind: dealt.get(kind, 0.0) for kind in KINDS}
+    kinds[NOISE] = sum(dealt.get(level.value, 0.0) for level in NOISE_LEVELS)
+    return kinds
+
+
+def likeliest_kind(diagnosis: Diagnosis) -> str:
+    """Return the likeliest of `KINDS`, whatever the verdict."""
+    kinds = kinds_of(diagnosis)
+    return max(kinds, key=lambda kind: kinds[kind])
+
+
 def classify(model: DegradationClassifier, pixels: Tensor) -> list[Diagnosis]:
     """Diagnose each picture of a batch.
 

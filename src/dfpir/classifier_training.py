@@ -33,9 +33,10 @@ from dfpir.classifier import (
     DegradationClassifier,
     classify,
     judge,
+    likeliest_kind,
     save_classifier,
 )
-from dfpir.degradation import CLEAN, Degradation, Diagnosis
+from dfpir.degradation import CLEAN, Degradation
 from dfpir.synthesis import (
     LEVELS,
     degrade,
@@ -451,14 +452,6 @@ def validation_set(pictures: Pictures, side: int = 256) -> list[tuple[str, str, 
     return cases
 
 
-def kind_of(diagnosis: Diagnosis) -> str:
-    """Return the likeliest of `KINDS`, whatever the verdict."""
-    probabilities = diagnosis.probabilities
-    totals: dict[str, float] = {kind: probabilities.get(kind, 0.0) for kind in KINDS}
-    totals[NOISE] = sum(p for name, p in probabilities.items() if name not in totals)
-    return max(totals, key=lambda kind: totals[kind])
-
-
 def validate(
     model: DegradationClassifier, cases: list[tuple[str, str, float, Tensor]]
 ) -> dict[str, object]:
@@ -478,7 +471,7 @@ def validate(
     unsure, wrong, errors, prompts = 0, 0, [], []
     for group, kind, sigma, pixels in cases:
         [found] = classify(model, pixels)
-        answer = kind_of(found)
+        answer = likeliest_kind(found)
         confusion[kind][answer] += 1
         unsure += found.verdict == "unsure"
         wrong += found.verdict != "unsure" and answer != kind

@@ -223,9 +223,12 @@ def add_evaluate(commands: Commands) -> None:
         "--fill",
         type=Path,
         metavar="README",
-        help="put the table between its <!-- scores --> lines",
+        help="put the table between its lines <!-- scores --> (<!-- verdicts -->)",
     )
     parser.add_argument("--sets", nargs="+", metavar="SET", help="default: all in DIR")
+    parser.add_argument(
+        "--verdicts", action="store_true", help="score the classifier instead, and restore nothing"
+    )
     parser.add_argument(
         "--blind", action="store_true", help="also restore untold, as the classifier decides"
     )
@@ -252,7 +255,7 @@ def add_benchmark(commands: Commands) -> None:
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the times")
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="put the table between FILE's speed markers"
+        "--fill", type=Path, metavar="README", help="put the table between its lines <!-- speed -->"
     )
     parser.set_defaults(run=run_benchmark)
 
@@ -580,8 +583,11 @@ def load_restorer(options: argparse.Namespace) -> Restorer:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Carry out `dfpir evaluate`."""
-    from dfpir.evaluation import evaluate, fill
+    from dfpir.evaluation import evaluate, table
+    from dfpir.markdown import fill
 
+    if options.verdicts:
+        return run_verdicts(options)
     restorer = load_restorer(options)
     with Bar("evaluating") as progress:
         evaluation = evaluate(
@@ -596,14 +602,32 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if options.json:
         options.json.write_text(json.dumps(evaluation.as_dict(), indent=2) + "\n", encoding="utf-8")
     if options.fill:
-        document = options.fill.read_text(encoding="utf-8")
-        options.fill.write_text(fill(document, evaluation.as_dict()), encoding="utf-8")
+        fill(options.fill, "scores", table(evaluation.as_dict(), timed=False))
+    return 0
+
+
+def run_verdicts(options: argparse.Namespace) -> int:
+    """Carry out `dfpir evaluate --verdicts`."""
+    from dfpir.markdown import fill
+    from dfpir.verdicts import evaluate_verdicts
+
+    if options.blind or options.classical or options.weights:
+        message = "--verdicts restores nothing; leave out --blind, --classical and --weights."
+        raise UsageError(message)
+    with Bar("judging") as progress:
+        verdicts = evaluate_verdicts(options.data, sets=options.sets, on_progress=progress)
+    say(verdicts.markdown())
+    if options.json:
+        options.json.write_text(json.dumps(verdicts.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if options.fill:
+        fill(options.fill, "verdicts", verdicts.markdown())
     return 0
 
 
 def run_benchmark(options: argparse.Namespace) -> int:
     """Carry out `dfpir benchmark`."""
     from dfpir import benchmark
+    from dfpir.markdown import fill
     from dfpir.restorer import choose_device
 
     given = {name: getattr(options, name) for name in ("presets", "sizes", "variants", "repeats")}
@@ -619,8 +643,8 @@ def run_benchmark(options: argparse.Namespace) -> int:
         benchmark.write_json(report, options.json)
     if options.plot:
         benchmark.plot(report, options.plot)
-    if options.readme:
-        benchmark.write_table(report, options.readme)
+    if options.fill:
+        fill(options.fill, "speed", report.markdown())
     return 0
 
 

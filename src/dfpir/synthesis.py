@@ -33,6 +33,14 @@ def log_uniform(count: int, low: float, high: float, generator: Generator) -> Te
     return uniform(count, math.log(low), math.log(high), generator).exp()
 
 
+def given_or(value: float | None, drawn: Tensor) -> Tensor:
+    """Return what was drawn, or `value` for every image if it is given.
+
+    What is not used is drawn all the same: the random numbers that follow do not depend on it.
+    """
+    return drawn if value is None else torch.full_like(drawn, value)
+
+
 def normal_like(pixels: Tensor, generator: Generator) -> Tensor:
     """Draw standard normal values of the shape of `pixels`, on its device."""
     return torch.randn(pixels.shape, generator=generator).to(pixels.device)
@@ -75,19 +83,22 @@ def line_kernels(length: Tensor, width: Tensor, angle: Tensor, size: int) -> Ten
     return ends * torch.exp(-0.5 * (across / width) ** 2)
 
 
-def rain(pixels: Tensor, generator: Generator) -> Tensor:
-    """Add layers of bright streaks that share one direction per image, some under a thin veil."""
+def rain(pixels: Tensor, generator: Generator, density: float | None = None) -> Tensor:
+    """Add layers of bright streaks that share one direction per image, some under a thin veil.
+
+    `density`, the streaks of a layer per pixel, is drawn from 0.0003 to 0.006 if not given.
+    """
     count, _, height, width = pixels.shape
     size = 49
     direction = uniform(count, -0.6, 0.6, generator)
     streaks = torch.zeros(count, 1, height, width)
     for layer in range(3):
         present = torch.rand(count, 1, 1, 1, generator=generator) < (1.0, 0.7, 0.4)[layer]
-        density = log_uniform(count, 3e-4, 6e-3, generator)
+        frequency = given_or(density, log_uniform(count, 3e-4, 6e-3, generator))
         shape = (count, 1, height + size - 1, width + size - 1)
         drops = torch.rand(shape, generator=generator)
         brightness = 0.3 + 0.7 * torch.rand(shape, generator=generator)
-        drops = (drops < density) * brightness
+        drops = (drops < frequency) * brightness
         kernels = line_kernels(
             log_uniform(count, 8, 44, generator),
             log_uniform(count, 0.3, 1.0, generator),
@@ -142,15 +153,17 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
     return (nearness.amin((2, 3), True) / nearness).to(pixels.device)
 
 
-def haze(pixels: Tensor, generator: Generator) -> Tensor:
+def haze(pixels: Tensor, generator: Generator, beta: float | None = None) -> Tensor:
     """Scatter light on the way to the camera: J t + A (1 - t) with t = exp(-beta * depth).
+
+    Depth is 1 at the farthest point; `beta` is drawn from 0.7 to 5 if not given.
 
     References
     ----------
     .. [1] Narasimhan and Nayar, "Vision and the Atmosphere", IJCV 2002, section 3.
     """
     count = len(pixels)
-    thickness = log_uniform(count, 0.7, 5.0, generator)  # At the farthest point.
+    thickness = given_or(beta, log_uniform(count, 0.7, 5.0, generator))
     light = uniform(count, 0.65, 1.0, generator)
     tint = 1 + 0.06 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     thickness, light = (value.to(pixels.device) for value in (thickness, light * tint))
@@ -182,17 +195,18 @@ def shake_kernels(count: int, extent: Tensor, size: int, generator: Generator) -
     return kernels / kernels.sum(dim=(1, 2), keepdim=True)
 
 
-def motion_blur(pixels: Tensor, generator: Generator) -> Tensor:
+def motion_blur(pixels: Tensor, generator: Generator, length: float | None = None) -> Tensor:
     """Blur along the path of an unsteady hand, in linear light, with a little sensor noise.
 
     In half of the images a second path, softly bounded, stands for something that moves otherwise.
+    `length`, the diameter of a path in pixels, is drawn from 2 to 24 if not given.
     """
     count, _, height, width = pixels.shape
     light = rgb_to_linear_rgb(pixels)
     border = "reflect" if min(height, width) > 15 else "replicate"
     moved = []
     for _ in range(2):
-        extent = uniform(count, 2, 24, generator)
+        extent = given_or(length, uniform(count, 2, 24, generator))
         kernels = shake_kernels(count, extent, 31, generator).to(pixels.device)
         moved.append(filter2d(light, kernels, border_type=border))
     several = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
@@ -203,11 +217,12 @@ def motion_blur(pixels: Tensor, generator: Generator) -> Tensor:
     return quantised(gaussian_noise(blurred, sigma, generator))
 
 
-def low_light(pixels: Tensor, generator: Generator) -> Tensor:
+def low_light(pixels: Tensor, generator: Generator, exposure: float | None = None) -> Tensor:
     """Expose too little: less light, shifted white balance and black, sensor noise, gamma, 8 bits.
 
     In most images the noise is shot and read noise, in half of those smeared over neighbouring
-    pixels, as the interpolation of colours and a camera's own denoising leave it.
+    pixels, as the interpolation of colours and a camera's own denoising leave it. `exposure`, the
+    fraction of the light, is drawn from 0.004 to 0.2 if not given.
     """
     count = len(pixels)
     # Cameras draw curves of their own through the shadows: a power, with a straight foot that is
@@ -215,7 +230,7 @@ def low_light(pixels: Tensor, generator: Generator) -> Tensor:
     power = uniform(count, 0.38, 0.55, generator)
     foot = log_uniform(count, 3e-5, 3e-3, generator)
     contrast = log_uniform(count, 0.7, 1.8, generator)
-    exposure = log_uniform(count, 0.004, 0.2, generator) ** (1 / contrast)
+    light = given_or(exposure, log_uniform(count, 0.004, 0.2, generator)) ** (1 / contrast)
     balance = 1 + 0.4 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     black = 0.001 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
     noisy = (torch.rand(count, 1, 1, 1, generator=generator) < 0.8).float()
@@ -224,7 +239,7 @@ def low_light(pixels: Tensor, generator: Generator) -> Tensor:
     read = noisy * log_uniform(count, 1e-4, 2e-3, generator)
     gain, black, smeared, shot, read, power, foot, contrast = (
         value.to(pixels.device)
-        for value in (exposure * balance, black, smeared, shot, read, power, foot, contrast)
+        for value in (light * balance, black, smeared, shot, read, power, foot, contrast)
     )
     photons = rgb_to_linear_rgb(pixels) * gain
     deviation = (shot * photons + read**2).sqrt()
@@ -251,7 +266,7 @@ def well_exposed(pixels: Tensor) -> Tensor:
     return pixels.clamp(min=1e-4) ** exponent.clamp(0.5, 2)
 
 
-PHYSICAL: dict[Degradation, Callable[[Tensor, Generator], Tensor]] = {
+PHYSICAL: dict[Degradation, Callable[[Tensor, Generator, float | None], Tensor]] = {
     Degradation.RAIN: rain,
     Degradation.HAZE: haze,
     Degradation.BLUR: motion_blur,
@@ -260,7 +275,12 @@ PHYSICAL: dict[Degradation, Callable[[Tensor, Generator], Tensor]] = {
 """The degradations that are not additive noise."""
 
 
-def degrade(pixels: Tensor, degradation: Degradation, generator: Generator) -> Tensor:
+def degrade(
+    pixels: Tensor,
+    degradation: Degradation,
+    generator: Generator,
+    severity: float | None = None,
+) -> Tensor:
     """Degrade every image in one way, with parameters drawn for each.
 
     Parameters
@@ -270,14 +290,18 @@ def degrade(pixels: Tensor, degradation: Degradation, generator: Generator) -> T
         Noise has exactly the standard deviation of its name.
     generator : torch.Generator
         Of the CPU.
+    severity : float, optional
+        Sigma of the noise, density of the rain, beta of the haze, length of the blur or exposure,
+        for all images; without it that too is drawn.
 
     Returns
     -------
     Tensor, (N, 3, H, W), 8-bit quantised values 0..1
     """
     if degradation.sigma is not None:
-        return quantised(gaussian_noise(pixels, degradation.sigma, generator))
-    return PHYSICAL[degradation](pixels, generator)
+        sigma = degradation.sigma if severity is None else severity
+        return quantised(gaussian_noise(pixels, sigma, generator))
+    return PHYSICAL[degradation](pixels, generator, severity)
 
 
 def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
