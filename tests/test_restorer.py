@@ -51,6 +51,82 @@ def verdict(monkeypatch):
     return decide
 
 
+RAIN, HAZE, NOISE = (
+    diagnosis("degraded", kind)
+    for kind in (Degradation.RAIN, Degradation.HAZE, Degradation.NOISE_25)
+)
+CLEAR = diagnosis("clean")
+
+
+def test_several_degradations_are_removed_one_after_the_other(restorer, photograph, verdict):
+    part = photograph[:32, :40]
+    verdict(RAIN, HAZE, CLEAR)
+    done = restorer.restore(part, most_steps=3)
+    assert done.steps == (Degradation.RAIN, Degradation.HAZE)
+    assert done.record.steps == ("rain", "haze") and done.diagnosis == RAIN
+    assert done.summary.endswith("restored, then haze")
+    pixels = pixels_of(part)
+    for step in done.steps:
+        pixels = restorer.restore_pixels(pixels, step).image
+    assert np.abs(done.image - np.rint(255 * pixels[0].permute(1, 2, 0).numpy())).max() <= 1
+    verdict(RAIN, HAZE, CLEAR)
+    assert restorer.restore(part).steps == (Degradation.RAIN,)
+
+
+def test_strength_and_mask_blend_with_the_end_of_all_steps(restorer, photograph, verdict):
+    part = photograph[:32, :40].astype(np.float32) / 255
+    mask = np.zeros((32, 40), np.float32)
+    mask[:, :20] = 1
+    verdict(RAIN, HAZE, CLEAR)
+    whole = restorer.restore(part, most_steps=2).image
+    verdict(RAIN, HAZE, CLEAR)
+    done = restorer.restore(part, most_steps=2, strength=0.5, mask=mask).image
+    assert np.allclose(done[:, :20], (part + whole)[:, :20] / 2, atol=1e-6)
+    assert np.array_equal(done[:, 20:], part[:, 20:])
+
+
+def test_progress_of_several_steps_ends_at_the_whole(restorer, photograph, verdict):
+    seen = []
+    verdict(RAIN, HAZE, CLEAR)
+    restorer.restore(
+        photograph[:32, :40], most_steps=3, on_progress=lambda *step: seen.append(step)
+    )
+    fractions = [done / total for done, total in seen]
+    assert fractions[-1] == 1 and max(total for _, total in seen) == seen[-1][1]
+
+
+def test_several_images_have_steps_of_their_own(restorer, photograph, verdict):
+    pixels = pixels_of(photograph[:32, :40]).repeat(2, 1, 1, 1)
+    verdict(RAIN, CLEAR, HAZE, CLEAR)  # Both are judged before the first is restored.
+    done = restorer.restore_pixels(pixels, one_verdict=False, most_steps=3)
+    assert done.steps == (Degradation.RAIN, Degradation.HAZE)
+    assert torch.equal(done.image[1], pixels[1])
+    verdict(RAIN, RAIN, HAZE)
+    assert restorer.restore_pixels(pixels, most_steps=3).steps == (Degradation.RAIN,)
+
+
+def test_deviations_of_all_steps_add_up(restorer, photograph, verdict):
+    part = photograph[:32, :40]
+    verdict(RAIN, HAZE, CLEAR)
+    one = restorer.restore(part, ensemble=True).consistency
+    verdict(RAIN, HAZE, CLEAR)
+    two = restorer.restore(part, ensemble=True, most_steps=2).consistency
+    assert (two > one).all()
+
+
+@pytest.mark.parametrize("most", [0, 4])
+def test_a_number_of_steps_that_is_none_is_refused(restorer, photograph, most):
+    with pytest.raises(ValueError, match=f"most_steps is {most}; expected 1 to 3"):
+        restorer.restore(photograph, "rain", most_steps=most)
+
+
+def test_a_step_that_did_not_help_is_undone_and_said(restorer, photograph, verdict):
+    verdict(RAIN, RAIN)
+    done = restorer.restore(photograph[:32, :40], most_steps=3)
+    assert done.steps == () and np.array_equal(done.image, photograph[:32, :40])
+    assert "Removing rain streaks was undone" in done.report
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
 @pytest.mark.parametrize("shape", [(20, 24), (20, 24, 3), (20, 24, 4), (2, 20, 24, 3)])
 def test_dtype_and_shape_are_kept(restorer, dtype, shape):

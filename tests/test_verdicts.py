@@ -119,7 +119,7 @@ def test_the_command_writes_table_and_figures(pictures, tmp_path, capsys):
 
 def test_what_does_not_fit_is_refused(pictures, capsys):
     assert main(["evaluate", "--data", str(pictures), "--verdicts", "--blind"]) == 2
-    assert "--verdicts restores nothing" in capsys.readouterr().err
+    assert "--blind does not go with --verdicts" in capsys.readouterr().err
     with pytest.raises(EvaluationError, match="at least 1"):
         evaluate_verdicts(pictures, limit=0)
 

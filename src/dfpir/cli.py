@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dfpir.degradation import CLEAN, Degradation
 
@@ -125,6 +125,13 @@ def add_restore(commands: Commands) -> None:
         help="take the mean over eight flips and turns: a little better, eight times slower",
     )
     parser.add_argument(
+        "--steps",
+        type=int,
+        choices=(1, 2, 3),
+        default=1,
+        help="with auto: look again after restoring, and go on with what else is found",
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="also write <name>-compare.png, before and after"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
@@ -223,11 +230,15 @@ def add_evaluate(commands: Commands) -> None:
         "--fill",
         type=Path,
         metavar="README",
-        help="put the table between its lines <!-- scores --> (<!-- verdicts -->)",
+        help="put the table between its lines <!-- scores --> (verdicts, mixtures)",
     )
     parser.add_argument("--sets", nargs="+", metavar="SET", help="default: all in DIR")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--verdicts", action="store_true", help="score the classifier instead, and restore nothing"
+    )
+    what.add_argument(
+        "--mixtures", action="store_true", help="score auto on mixtures of two degradations instead"
     )
     parser.add_argument(
         "--blind", action="store_true", help="also restore untold, as the classifier decides"
@@ -344,6 +355,7 @@ def restore_slide(options: argparse.Namespace) -> int:
         )
         if getattr(options, name)
     ]
+    unfit += ["steps"] if options.steps > 1 else []
     if len(options.inputs) != 1 or not is_zarr(options.inputs[0]):
         message = "a .zarr is restored alone, and --scheduler is for one; name one .zarr folder"
         raise UsageError(message)
@@ -393,6 +405,7 @@ def restore_pictures(options: argparse.Namespace) -> int:
         degradation=options.degradation,
         strength=options.strength,
         ensemble=options.ensemble,
+        most_steps=options.steps,
         compare=options.compare,
         overwrite=options.overwrite,
         resume=options.resume or options.retry_failed,
@@ -584,10 +597,9 @@ def load_restorer(options: argparse.Namespace) -> Restorer:
 def run_evaluate(options: argparse.Namespace) -> int:
     """Carry out `dfpir evaluate`."""
     from dfpir.evaluation import evaluate, table
-    from dfpir.markdown import fill
 
-    if options.verdicts:
-        return run_verdicts(options)
+    if options.verdicts or options.mixtures:
+        return run_special_evaluation(options)
     restorer = load_restorer(options)
     with Bar("evaluating") as progress:
         evaluation = evaluate(
@@ -599,29 +611,44 @@ def run_evaluate(options: argparse.Namespace) -> int:
             on_progress=progress,
         )
     say(evaluation.markdown())
-    if options.json:
-        options.json.write_text(json.dumps(evaluation.as_dict(), indent=2) + "\n", encoding="utf-8")
-    if options.fill:
-        fill(options.fill, "scores", table(evaluation.as_dict(), timed=False))
+    facts = evaluation.as_dict()
+    write_scores(options, facts, "scores", table(facts, timed=False))
     return 0
 
 
-def run_verdicts(options: argparse.Namespace) -> int:
-    """Carry out `dfpir evaluate --verdicts`."""
+def run_special_evaluation(options: argparse.Namespace) -> int:
+    """Carry out `dfpir evaluate --verdicts` or `--mixtures`."""
+    from dfpir.mixtures import MixtureEvaluation, evaluate_mixtures
+    from dfpir.verdicts import Verdicts, evaluate_verdicts
+
+    name = "verdicts" if options.verdicts else "mixtures"
+    unfit = (
+        ["blind", "classical", "weights"] if options.verdicts else ["blind", "classical", "sets"]
+    )
+    for option in unfit:
+        if getattr(options, option):
+            message = f"--{option} does not go with --{name}; leave it out"
+            raise UsageError(message)
+    found: Verdicts | MixtureEvaluation
+    with Bar("judging" if options.verdicts else "evaluating") as progress:
+        if options.verdicts:
+            found = evaluate_verdicts(options.data, sets=options.sets, on_progress=progress)
+        else:
+            restorer = load_restorer(options)
+            found = evaluate_mixtures(options.data, restorer=restorer, on_progress=progress)
+    say(found.markdown())
+    write_scores(options, found.as_dict(), name, found.markdown())
+    return 0
+
+
+def write_scores(options: argparse.Namespace, facts: dict[str, Any], name: str, table: str) -> None:
+    """Write scores as JSON and into a document, where that is asked for."""
     from dfpir.markdown import fill
-    from dfpir.verdicts import evaluate_verdicts
 
-    if options.blind or options.classical or options.weights:
-        message = "--verdicts restores nothing; leave out --blind, --classical and --weights."
-        raise UsageError(message)
-    with Bar("judging") as progress:
-        verdicts = evaluate_verdicts(options.data, sets=options.sets, on_progress=progress)
-    say(verdicts.markdown())
     if options.json:
-        options.json.write_text(json.dumps(verdicts.as_dict(), indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if options.fill:
-        fill(options.fill, "verdicts", verdicts.markdown())
-    return 0
+        fill(options.fill, name, table)
 
 
 def run_benchmark(options: argparse.Namespace) -> int:

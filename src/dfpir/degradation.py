@@ -150,10 +150,14 @@ class Diagnosis:
     @property
     def confidence(self) -> float:
         """Probability of what the verdict names, all noise levels counted together."""
-        if self.degradation is None:
+        return self.probability(self.degradation)
+
+    def probability(self, degradation: Degradation | None) -> float:
+        """Return how likely a degradation is, all noise levels counted together; None is clean."""
+        if degradation is None:
             return self.probabilities.get(CLEAN, 0.0)
-        if self.degradation.sigma is None:
-            return self.probabilities.get(self.degradation.value, 0.0)
+        if degradation.sigma is None:
+            return self.probabilities.get(degradation.value, 0.0)
         return sum(
             self.probabilities.get(member.value, 0.0)
             for member in Degradation

@@ -64,6 +64,8 @@ class Settings:
         0..1.
     ensemble : bool
         Whether to take the mean over eight flips and turns.
+    most_steps : int
+        Degradations removed one after the other, at the most.
     compare : bool
         Whether to write before and after side by side too.
     overwrite : bool
@@ -77,6 +79,7 @@ class Settings:
     degradation: str | Degradation = "auto"
     strength: float = 1.0
     ensemble: bool = False
+    most_steps: int = 1
     compare: bool = False
     overwrite: bool = False
     resume: bool = False
@@ -89,6 +92,7 @@ class Settings:
             degradation.value if isinstance(degradation, Degradation) else "auto",
             self.strength,
             self.ensemble,
+            self.most_steps,
             self.compare,
             restorer.weights_sha256,
             str(restorer.dtype),
@@ -378,6 +382,7 @@ def restore_file(
         settings.degradation,
         strength=settings.strength,
         ensemble=settings.ensemble,
+        most_steps=settings.most_steps,
         on_progress=progress,
     )
     job.target.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ from dfpir.pixels import (
     to_pixels,
 )
 from dfpir.record import RestorationRecord, array_hash, describe
+from dfpir.routing import MOST_STEPS, restore_by_steps
 from dfpir.tiling import Tiling, plan, windows
 
 AUTO = "auto"
@@ -79,7 +80,7 @@ class Restoration:
     diagnosis : Diagnosis
         What was found, by vote if there are several images, or what the caller named.
     steps : tuple of Degradation
-        What was restored; empty when the image was left alone.
+        What was restored, in this order; empty when the image was left alone.
     record : RestorationRecord
     diagnoses : tuple of Diagnosis
         One for each image where each had a verdict of its own; otherwise empty.
@@ -124,7 +125,9 @@ def summarise(diagnoses: Sequence[Diagnosis], steps: Sequence[Degradation] | Non
         What was restored; without it the lines tell what was found and no more.
     """
     if len(diagnoses) == 1:
-        return outcome(diagnoses[0], steps)
+        [found] = diagnoses
+        later = [step for step in steps or () if step is not found.degradation]
+        return "".join([outcome(found, steps), *(f", then {step.label}" for step in later)])
     lines, first = [], 1
     for _, run in groupby(diagnoses, key=lambda each: (each.verdict, each.degradation)):
         alike = list(run)
@@ -383,6 +386,7 @@ class Restorer:
         channel_axis: int | None = None,
         tiling: Tiling | None = None,
         ensemble: bool = False,
+        most_steps: int = 1,
         on_progress: Progress | None = None,
     ) -> Restoration:
         """Restore an image, or a stack of images that suffer alike.
@@ -408,6 +412,9 @@ class Restorer:
             Take the mean of what the network makes of the eight flips and quarter turns of the
             image, for eight times the work (Timofte et al., "Seven ways to improve example-based
             single image super resolution", CVPR 2016, section 3.5), and tell their `consistency`.
+        most_steps : int
+            With "auto" and more than 1: look again after restoring, and go on while something else
+            is surely found, up to three times; see `dfpir.routing.restore_by_steps`.
         on_progress : callable, optional
             ``on_progress(done, total)``; raising from it cancels.
 
@@ -438,6 +445,7 @@ class Restorer:
             mask=weight,
             tiling=tiling,
             ensemble=ensemble,
+            most_steps=most_steps,
             on_progress=on_progress,
         )
         assert isinstance(done.image, Tensor)
@@ -465,6 +473,7 @@ class Restorer:
         mask: Tensor | None = None,
         tiling: Tiling | None = None,
         ensemble: bool = False,
+        most_steps: int = 1,
         one_verdict: bool = True,
         on_progress: Progress | None = None,
         on_image: Callable[[int, Tensor], None] | None = None,
@@ -484,6 +493,8 @@ class Restorer:
             0..1: where to restore. It is stretched to the size of the images.
         ensemble : bool
             As for `restore`. The attention is measured on each image, flip and turn.
+        most_steps : int
+            As for `restore`. One verdict for several images is one step, found by vote.
         one_verdict : bool
             With "auto": whether one verdict, found by vote, rules all images, or each its own.
         on_progress : callable, optional
@@ -503,40 +514,45 @@ class Restorer:
             If the pixels or an argument do not fit; see the message.
         """
         check_strength(strength)
+        if not 1 <= most_steps <= MOST_STEPS:
+            message = f"most_steps is {most_steps}; expected 1 to {MOST_STEPS}."
+            raise ValueError(message)
         check_pixels(pixels)
         weight = checked_mask(mask, len(pixels))
         diagnosis, diagnoses = judge(pixels, degradation, one_verdict, on_progress)
         course = Course(tiling.statistics if tiling else "whole")
-        to_do = [
-            found.degradation if found.verdict == "degraded" and strength > 0 else None
-            for found in diagnoses or (diagnosis,) * len(pixels)
-        ]
-        if any(to_do) and weight is not None and not weight.any():
-            to_do = [None] * len(pixels)
+        verdicts = diagnoses or (diagnosis,) * len(pixels)
+        acting = [found.verdict == "degraded" and strength > 0 for found in verdicts]
+        if any(acting) and weight is not None and not weight.any():
+            acting = [False] * len(pixels)
             course.remark("The mask is empty, so nothing was restored.")
-        steps = tuple(dict.fromkeys(step for step in to_do if step is not None))
         image, attention = pixels, None
-        if steps:
+        if any(acting):
             image = torch.empty_like(pixels)
             sampled = tiling is not None and tiling.statistics == "sampled"
             if tiling is not None and sampled and not diagnoses and not ensemble:
-                attention = self.sample(pixels, steps[0], tiling, on_progress)
+                assert diagnosis.degradation is not None
+                attention = self.sample(pixels, diagnosis.degradation, tiling, on_progress)
         measured = 0 if attention is None else SAMPLED_WINDOWS
         spread = torch.zeros(len(pixels), *pixels.shape[2:]) if ensemble else None
-        for number, step in enumerate(to_do if steps else ()):
+        most = 1 if diagnosis.told or (len(pixels) > 1 and not diagnoses) else most_steps
+        steps: list[Degradation] = []
+        for number, found in enumerate(verdicts if any(acting) else ()):
             image[number] = pixels[number]
-            if step is not None:
+            if acting[number]:
                 colours = colours_of(pixels[number])
                 progress = portion(on_progress, number, len(pixels), begun=measured)
                 share = blend(strength, weight, number, colours)
-                if spread is None:
-                    restored = self.run(colours, step, tiling, progress, attention, course)
-                else:
-                    restored, deviation = self.run_turned(colours, step, tiling, progress, course)
-                    spread[number] = (share * deviation)[0, 0]
+                restored, taken, deviation = self.run_steps(
+                    colours, found, most, ensemble, tiling, progress, attention, course
+                )
                 put_colours(image[number], torch.lerp(colours, restored, share))
+                if spread is not None:
+                    spread[number] = (share * deviation)[0, 0]
+                steps += [step for step in taken if step not in steps]
             if on_image is not None:
                 on_image(number, image[number])
+        image = image if steps else pixels
         record = RestorationRecord(
             weights=self.weights,
             weights_sha256=self.weights_sha256,
@@ -551,7 +567,50 @@ class Restorer:
             ensemble=ensemble,
             notes=tuple(course.notes),
         )
-        return Restoration(image, diagnosis, steps, record, diagnoses, spread)
+        return Restoration(image, diagnosis, tuple(steps), record, diagnoses, spread)
+
+    def run_steps(
+        self,
+        pixels: Tensor,
+        found: Diagnosis,
+        most: int,
+        ensemble: bool,
+        tiling: Tiling | None,
+        on_progress: Progress | None,
+        attention: Attention | None,
+        course: Course,
+    ) -> tuple[Tensor, tuple[Degradation, ...], Tensor]:
+        """Restore one image (1, 3, H, W) as found, and as found again afterwards; see `restore`.
+
+        Returns
+        -------
+        image : Tensor, (1, 3, H, W)
+        steps : tuple of Degradation
+        deviation : Tensor, (1, 1, H, W)
+            With `ensemble`: of the answers, over all steps; otherwise zeros.
+        """
+        begun: list[Degradation] = []
+        variance = torch.zeros_like(pixels[:, :1], dtype=torch.float32)
+
+        def remove(given: Tensor, kind: Degradation) -> Tensor:
+            nonlocal variance
+            begun.append(kind)
+            # A later step makes the way longer, at the place that has been reached.
+            progress = portion(on_progress, len(begun) - 1, len(begun))
+            if not ensemble:
+                known = attention if len(begun) == 1 else None
+                return self.run(given, kind, tiling, progress, known, course)
+            restored, deviation = self.run_turned(given, kind, tiling, progress, course)
+            variance = variance + deviation**2
+            return restored
+
+        def look(image: Tensor) -> Diagnosis:
+            return classify_images(image)[0]
+
+        restored, steps = restore_by_steps(pixels, found, look, remove, most)
+        for kind in begun[len(steps) :]:
+            course.remark(f"Removing {kind.label} was undone: it seemed no less likely afterwards.")
+        return restored, steps, variance.sqrt()
 
     def run_turned(
         self,

@@ -1,0 +1,56 @@
+"""Several degradations, removed one after another: look, restore, look again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dfpir.degradation import Degradation, Diagnosis
+
+MOST_STEPS = 3
+"""More than this many degradations are not removed from one image."""
+
+Look = Callable[[Tensor], Diagnosis]
+Remove = Callable[[Tensor, Degradation], Tensor]
+
+
+def restore_by_steps(
+    pixels: Tensor, found: Diagnosis, look: Look, remove: Remove, most: int
+) -> tuple[Tensor, tuple[Degradation, ...]]:
+    """Remove what is found, look again, and go on while something else is surely found.
+
+    A step after which what it removed seems no less likely than before is undone, and ends it. No
+    kind is removed twice; noise of any level is one.
+
+    Parameters
+    ----------
+    pixels : Tensor, (1, 3, H, W)
+    found : Diagnosis
+        Of `pixels`.
+    look : callable
+        Returns the diagnosis of an image.
+    remove : callable
+        Returns an image without a degradation.
+    most : int
+        Steps at the most. With one there is nothing to look for afterwards, and no step is undone.
+
+    Returns
+    -------
+    image : Tensor, (1, 3, H, W)
+    steps : tuple of Degradation
+        What was removed, in this order.
+    """
+    steps: list[Degradation] = []
+    while (kind := found.degradation) and found.verdict == "degraded" and len(steps) < most:
+        if any(kind is step or (kind.sigma and step.sigma) for step in steps):
+            break
+        restored = remove(pixels, kind)
+        if most > 1:
+            after = look(restored)
+            if after.probability(kind) >= found.probability(kind):
+                break
+            found = after
+        pixels = restored
+        steps.append(kind)
+    return pixels, tuple(steps)
