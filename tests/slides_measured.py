@@ -135,7 +135,7 @@ def on_workers(source, output, workers, *, kill=False):
     from distributed import Client, LocalCluster
 
     with (
-        LocalCluster(workers, threads_per_worker=1, dashboard_address=None) as local,
+        LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address=None) as local,
         Client(local) as client,
     ):
         client.run(slides.shared_restorer, weights.default_name(), "cpu", "auto")

@@ -1,9 +1,12 @@
-"""What to do when memory runs out: notice it, hand back what is held, try again with less."""
+"""Memory: what to do when it runs out, and how not to hand it back too soon."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -55,3 +58,35 @@ def first_that_fits(attempts: Sequence[Callable[[], T]], device: torch.device) -
         logger.warning("Memory ran out; trying again with less. (%s)", reason)
         release(device)
     return len(attempts) - 1, attempts[-1]()
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""What `mallopt` of glibc calls them: see its manual, mallopt(3)."""
+
+LARGEST_MMAP_THRESHOLD = 32 * 2**20
+"""The most that `mallopt` takes on 64-bit machines, and what glibc comes to by itself."""
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let the C library keep what is freed for what is allocated next, and hand it back at the end.
+
+    `dask.distributed` starts its workers with ``MALLOC_TRIM_THRESHOLD_=65536``: glibc then hands
+    back to the system whatever is freed, and the next pass of the network gets it anew, page by
+    page, which takes as long as the arithmetic. Where that variable is not set, or the C library
+    is another, nothing is changed.
+    """
+    usual = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
+    library = ctypes.CDLL(None) if usual.isdigit() and os.name == "posix" else None
+    if library is None or not hasattr(library, "mallopt"):
+        yield
+        return
+    library.mallopt(MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
+    library.mallopt(TRIM_THRESHOLD, 2**30)
+    try:
+        yield
+    finally:
+        mapped = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+        library.mallopt(MMAP_THRESHOLD, int(mapped) if mapped.isdigit() else 128 * 2**10)
+        library.mallopt(TRIM_THRESHOLD, int(usual))
+        library.malloc_trim(0)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dfpir import weights as weights_module
 from dfpir.degradation import Degradation, Diagnosis, caution
+from dfpir.memory import freed_memory_kept
 from dfpir.model import Attention
 from dfpir.pixels import PixelForm, ValueRange, natural_range, to_array, to_pixels
 from dfpir.record import RestorationRecord, describe
@@ -124,9 +125,9 @@ def turn() -> Iterator[None]:
     """Wait until no other block of this process is worked on.
 
     A worker of `dask.distributed` gives PyTorch one thread, whatever its own number; here it gets
-    as many as the worker has.
+    as many as the worker has. Nor is memory handed back to the system within a turn.
     """
-    with TURNS:
+    with TURNS, freed_memory_kept():
         usual = torch.get_num_threads()
         torch.set_num_threads(threads_of_worker() or usual)
         try:
