@@ -374,6 +374,6 @@ def test_folder_that_is_none_and_limit_of_none_are_refused(tmp_path):
 
 
 def test_missing_scikit_image_is_named(pictures, monkeypatch):
-    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     with pytest.raises(EvaluationError, match=r'pip install "dfpir\[cli\]"'):
         evaluate(pictures, restorer=FakeRestorer())
