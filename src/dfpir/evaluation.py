@@ -237,10 +237,7 @@ class Evaluation:
     def as_dict(self) -> dict[str, object]:
         """Return plain values, ready for JSON."""
         return {
-            "schema": SCHEMA,
-            "date": self.date,
-            "dfpir": package_version(),
-            "torch": torch.__version__,
+            **provenance(SCHEMA, self.date),
             "weights": {"name": self.weights, "sha256": self.weights_sha256},
             "protocol": PROTOCOL,
             "seed": self.seed,
@@ -329,6 +326,28 @@ def scikit_image(part: str) -> Any:
         raise EvaluationError(message) from None
 
 
+def check_limit(limit: int | None) -> None:
+    """Refuse to take no picture of a set.
+
+    Raises
+    ------
+    EvaluationError
+    """
+    if limit is not None and limit < 1:
+        message = f"limit is {limit}; expected at least 1 picture, or None for all."
+        raise EvaluationError(message)
+
+
+def provenance(schema: int, date: str) -> dict[str, object]:
+    """Return what every file of scores begins with: its schema, when and by what it was made."""
+    return {
+        "schema": schema,
+        "date": date,
+        "dfpir": package_version(),
+        "torch": torch.__version__,
+    }
+
+
 def evaluate(
     data: Path,
     *,
@@ -383,9 +402,7 @@ def evaluate(
     >>> evaluation = evaluate(Path("eval"), sets=["Rain100L"])  # doctest: +SKIP
     >>> print(evaluation.markdown())  # doctest: +SKIP
     """
-    if limit is not None and limit < 1:
-        message = f"limit is {limit}; expected at least 1 picture, or None for all."
-        raise EvaluationError(message)
+    check_limit(limit)
     scikit_image("metrics")
     # Everything that can be wrong with the folders is found before the first picture is restored.
     pairs = {each: list_pairs(data / each.name, each)[:limit] for each in chosen_sets(data, sets)}

@@ -15,17 +15,17 @@ from torch import Tensor
 from dfpir.degradation import Degradation
 from dfpir.evaluation import (
     IMAGE_SETS,
-    EvaluationError,
     Picture,
+    check_limit,
     compare,
     cropped,
     list_pictures,
+    provenance,
     read_picture,
     scikit_image,
 )
 from dfpir.model import Progress
 from dfpir.pixels import to_pixels
-from dfpir.record import package_version
 from dfpir.restorer import Restorer
 from dfpir.synthesis import LEVELS, degrade
 
@@ -115,10 +115,7 @@ class MixtureEvaluation:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
         return {
-            "schema": SCHEMA,
-            "date": self.date,
-            "dfpir": package_version(),
-            "torch": torch.__version__,
+            **provenance(SCHEMA, self.date),
             "weights": {"name": self.weights, "sha256": self.weights_sha256},
             "most_steps": self.most_steps,
             "seed": self.seed,
@@ -187,9 +184,7 @@ def evaluate_mixtures(
     EvaluationError, ImageFileError
         If scikit-image is missing, or the folder or its pictures are not as described.
     """
-    if limit is not None and limit < 1:
-        message = f"limit is {limit}; expected at least 1 picture, or None for all."
-        raise EvaluationError(message)
+    check_limit(limit)
     scikit_image("metrics")
     paths = list_pictures(data / IMAGE_SETS[0].name)[:limit]
     restorer = restorer or Restorer()

@@ -24,19 +24,19 @@ from dfpir.classifier import (
 )
 from dfpir.degradation import CLEAN, Degradation, Diagnosis
 from dfpir.evaluation import (
-    EvaluationError,
     ImageSet,
     Picture,
+    check_limit,
     chosen_sets,
     cropped,
     list_pairs,
+    provenance,
     read_pairs,
     read_picture,
     scikit_image,
 )
 from dfpir.model import Progress
 from dfpir.pixels import colours_of, to_pixels
-from dfpir.record import package_version
 from dfpir.synthesis import LEVELS, degrade
 
 SCHEMA = 1
@@ -220,10 +220,7 @@ class Verdicts:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
         return {
-            "schema": SCHEMA,
-            "date": self.date,
-            "dfpir": package_version(),
-            "torch": torch.__version__,
+            **provenance(SCHEMA, self.date),
             "classifier_sha256": self.sha256,
             "severities": {
                 (NOISE if kind.sigma else kind.value): list(values)
@@ -325,9 +322,7 @@ def evaluate_verdicts(
     --------
     >>> print(evaluate_verdicts(Path("eval")).markdown())  # doctest: +SKIP
     """
-    if limit is not None and limit < 1:
-        message = f"limit is {limit}; expected at least 1 picture, or None for all."
-        raise EvaluationError(message)
+    check_limit(limit)
     scikit_image("data")  # Found missing now rather than at the end.
     pairs = {each: list_pairs(data / each.name, each)[:limit] for each in chosen_sets(data, sets)}
     sharp = [path for each, found in pairs.items() if each.name == SHARP for path, _ in found]
