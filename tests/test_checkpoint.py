@@ -17,9 +17,9 @@ DATA = Path(__file__).parent / "data"
 PLACES = [*(f"encoder_shuffle_channel{level}" for level in (1, 2, 3)), "latent_shuffle_channel"]
 
 
-def published_weights(seed):
+def published_weights(seed, folder=DATA, name="official_small"):
     """The weights behind the golden outputs, by formula from a seed."""
-    shapes = json.loads((DATA / "official_small.keys.json").read_text())
+    shapes = json.loads((folder / f"{name}.keys.json").read_text())
     generator = np.random.default_rng(seed)
     weights = {}
     for key in sorted(shapes):

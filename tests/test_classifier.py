@@ -17,6 +17,7 @@ from torch import Generator
 import dfpir.classifier as module
 from dfpir.checkpoint import CheckpointError
 from dfpir.classifier import (
+    FEATURES,
     KINDS,
     NOISE_LEVELS,
     ClassifierConfig,
@@ -24,9 +25,13 @@ from dfpir.classifier import (
     classify,
     crops,
     diagnosis,
+    features_of,
+    judge,
     load_classifier,
+    look,
     save_classifier,
     shares,
+    tones,
 )
 from dfpir.degradation import CLEAN, Degradation
 from dfpir.synthesis import degrade, gaussian_noise, quantised
@@ -226,6 +231,47 @@ def test_crops_keep_the_resolution_and_reach_every_border(height, width):
             assert int(cut[:, channel].amax()) == side - 1
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (40, 50), (301, 130)])
+def test_an_untrained_overview_leaves_the_judgement_at_full_size(small, size):
+    pixels = torch.rand(1, 3, *size, generator=seeded())
+    features, log_sigma = features_of(small, pixels)
+    assert features.shape == (FEATURES,) and features.isfinite().all()
+    logits, sigma = look(small, pixels)
+    seen, again = judge(small, pixels)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(seen.softmax(1), logits.double().softmax(1), **tolerance)
+    assert float(again) == float(sigma) == float(log_sigma)
+
+
+def test_tones_are_those_of_numpy_and_do_not_care_for_flips():
+    picture = torch.rand(1, 3, 60, 70, generator=seeded())
+    found = tones(picture)
+    array = picture[0].double().numpy()
+    dark, mean, bright = array.min(0), array.mean(0), array.max(0)
+    expected = [
+        *np.quantile(dark, module.QUANTILES["darkest"]),
+        *np.quantile(mean, module.QUANTILES["mean"]),
+        *np.quantile(bright, module.QUANTILES["brightest"]),
+        mean.mean(),
+        mean.std(),
+        (bright - dark).mean(),
+    ]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tones(picture.flip((2, 3))), found)
+
+
+def test_tones_of_a_large_picture_are_those_of_a_part_of_its_pixels(monkeypatch):
+    picture = degrade(pixels_of("astronaut"), Degradation.HAZE, seeded())
+    exact = tones(picture)
+    monkeypatch.setattr(module, "MOST_TONES", 20_000)
+    torch.testing.assert_close(tones(picture), exact, rtol=0, atol=0.01)
+
+
+def test_haze_lifts_the_darkest_tones():
+    sharp = pixels_of("coffee")
+    assert tones(degrade(sharp, Degradation.HAZE, seeded()))[0] > tones(sharp)[0] + 0.05
+
+
 def test_a_written_file_reads_back(small, tmp_path):
     path = tmp_path / "small.safetensors"
     save_classifier(small, path, metadata={"patches": "0"})
@@ -263,7 +309,7 @@ def spoil(tensors):
 
 
 def lie(path):
-    config = {"widths": [4, 7], "hidden": 8, "kinds": list(KINDS)}
+    config = {"widths": [4, 7], "hidden": 8, "overview": 64, "kinds": list(KINDS)}
     change_header(path, config=json.dumps(config))
 
 

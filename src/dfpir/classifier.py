@@ -1,8 +1,10 @@
 """Look at pixels and say what is wrong with them: the kind of degradation, and how much noise.
 
-The picture is never shrunk, because shrinking removes what has to be seen: noise, streaks and
-blur live in single pixels. Instead up to twelve crops at native resolution are judged, every place
-in them gives a vote and a weight, and the weighted mean of all votes decides.
+Noise, streaks and blur live in single pixels, which shrinking would remove: so up to twelve crops
+at native resolution are looked at, every place in them gives a vote and a weight, and the weighted
+mean counts. But a soft lens is told from a moving hand, and haze from a grey wall, only by the
+look of the whole: so the same is done with the picture at a half and at a quarter of its size, and
+an `Overview` weighs the three outcomes together with how light and dark are spread.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dfpir.checkpoint import CheckpointError, mismatches, read_tensors, write_te
 from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
 from dfpir.tiling import spread
 
-FORMAT = "dfpir-classifier-1"
+FORMAT = "dfpir-classifier-2"
 """Value of ``format`` in the metadata of classifier files."""
 
 NOISE = "noise"
@@ -35,6 +37,21 @@ CROP = 128
 MOST_CROPS = 12
 SMALLEST_CROP = 32
 """A picture with a shorter side than this is continued by reflection."""
+
+SHRUNK = (1, 2, 4)
+"""By how much a picture is shrunk, by averaging, before each of the looks that are taken at it."""
+
+QUANTILES = {"darkest": (0.01, 0.1, 0.5), "mean": (0.01, 0.1, 0.5, 0.9, 0.99), "brightest": (0.99,)}
+"""Of the darkest channel of every pixel, of their mean and of the brightest: see `tones`."""
+
+MOST_TONES = 2**18
+"""No more pixels than about this many are sorted for the quantiles."""
+
+FEATURES = len(SHRUNK) * (len(KINDS) + 1) + sum(map(len, QUANTILES.values())) + 3
+"""Numbers by which `Overview` knows a picture."""
+
+LEAST_LOG_PROBABILITY = -12.0
+"""Below this, one impossible kind is as impossible as another."""
 
 DECISION = 0.6
 """A verdict other than "unsure" needs at least this probability."""
@@ -56,10 +73,13 @@ class ClassifierConfig:
         Channels at a half, a quarter, ... of the resolution.
     hidden : int
         Channels between the last of these and the votes.
+    overview : int
+        Units of the hidden layer of `Overview`.
     """
 
     widths: tuple[int, ...] = (16, 32, 64, 128)
     hidden: int = 128
+    overview: int = 64
 
 
 class ResidualConvolution(nn.Module):
@@ -78,8 +98,47 @@ class ResidualConvolution(nn.Module):
         return F.relu(reduced + self.refine_norm(self.refine(reduced)))
 
 
+class Overview(nn.Module):
+    """Correct the judgement at full size by what smaller sizes and the tones of the whole say.
+
+    Untrained, it corrects nothing.
+
+    Parameters
+    ----------
+    hidden : int
+        Units between the features and the correction.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    temperature: Tensor
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(FEATURES))
+        self.register_buffer("spread", torch.ones(FEATURES))
+        self.register_buffer("temperature", torch.ones(1))
+        self.hidden = nn.Linear(FEATURES, hidden)
+        self.vote = nn.Linear(hidden, len(KINDS))
+        nn.init.zeros_(self.vote.weight)
+        nn.init.zeros_(self.vote.bias)
+
+    def correction(self, features: Tensor) -> Tensor:
+        """Return what is added (N, kinds) to the logits at full size."""
+        units = self.hidden((features - self.mean) / self.spread)
+        return self.vote(F.relu(units))  # type: ignore[no-any-return]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits (N, kinds) of pictures with these features (N, `FEATURES`)."""
+        corrected = features[:, : len(KINDS)] + self.correction(features)
+        return corrected / self.temperature
+
+
 class DegradationClassifier(nn.Module):
     """A small convolutional network whose every position votes on the kind of degradation.
+
+    `forward` is the network alone, as it is trained on patches; `judge` and `classify` look at
+    whole pictures at several sizes and ask ``overview``.
 
     Parameters
     ----------
@@ -110,6 +169,7 @@ class DegradationClassifier(nn.Module):
         # Logits, log sigma, and a weight for each of the two.
         self.vote = nn.Conv2d(self.config.hidden, len(KINDS) + 3, 1)
         self.register_buffer("temperature", torch.ones(1))
+        self.overview = Overview(self.config.overview)
 
     @property
     def stride(self) -> int:
@@ -210,15 +270,70 @@ def crops(pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def look(model: DegradationClassifier, picture: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (1, 6) and log sigma (1,) of a picture (1, 3, H, W) at this size alone."""
+    votes = model.votes(crops(picture)[0])  # (crops, kinds + 3, h, w)
+    return model.count(votes.transpose(0, 1)[None])
+
+
+def tones(picture: Tensor) -> Tensor:
+    """Return how light and dark are spread in a picture (1, 3, H, W): twelve numbers.
+
+    The darkest channel is what haze lifts (He, Sun and Tang, "Single image haze removal using dark
+    channel prior", CVPR 2009).
+    """
+    step = math.ceil(math.sqrt(picture[0, 0].numel() / MOST_TONES))
+    pixels = picture[0, :, ::step, ::step].flatten(1)
+    channels = {"darkest": pixels.amin(0), "mean": pixels.mean(0), "brightest": pixels.amax(0)}
+    mean = channels["mean"]
+    return torch.cat(
+        [
+            *(
+                torch.quantile(channels[name], pixels.new_tensor(fractions))
+                for name, fractions in QUANTILES.items()
+            ),
+            torch.stack(
+                [
+                    mean.mean(),
+                    mean.std(correction=0),
+                    (channels["brightest"] - channels["darkest"]).mean(),
+                ]
+            ),
+        ]
+    )
+
+
+@torch.no_grad()
+def features_of(model: DegradationClassifier, picture: Tensor) -> tuple[Tensor, Tensor]:
+    """Look at a picture (1, 3, H, W) at all sizes of `SHRUNK`.
+
+    Returns
+    -------
+    features : Tensor, (`FEATURES`,)
+        What `Overview` asks for.
+    log_sigma : Tensor, (1,)
+        As seen at full size.
+    """
+    seen, sigmas = [], []
+    smaller = picture
+    for factor in SHRUNK:
+        # A picture that would vanish is looked at again as it is.
+        if min(picture.shape[2:]) >= 2 * factor:
+            smaller = F.avg_pool2d(picture, factor)
+        logits, log_sigma = look(model, smaller)
+        likelihoods = logits[0].log_softmax(dim=0).clamp(min=LEAST_LOG_PROBABILITY)
+        seen += [likelihoods, log_sigma]
+        sigmas.append(log_sigma)
+    return torch.cat([*seen, tones(smaller)]), sigmas[0]
+
+
+@torch.no_grad()
 def judge(model: DegradationClassifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Return logits (N, 6) and log sigma (N,) of whole pictures, in float64 on the CPU."""
-    logits, log_sigma = [], []
-    for picture in pixels.float():
-        votes = model.votes(crops(picture[None])[0])  # (crops, kinds + 3, h, w)
-        counted = model.count(votes.transpose(0, 1)[None])
-        logits.append(counted[0].double().cpu())
-        log_sigma.append(counted[1].double().cpu())
-    return torch.cat(logits), torch.cat(log_sigma)
+    seen = [features_of(model, picture[None].float()) for picture in pixels]
+    logits = [model.overview(features[None]) for features, _ in seen]
+    log_sigma = [log for _, log in seen]
+    return torch.cat(logits).double().cpu(), torch.cat(log_sigma).double().cpu()
 
 
 def shares(sigma: float) -> dict[Degradation, float]:
@@ -384,11 +499,14 @@ def config_of(shapes: Mapping[str, Sequence[int]], claimed: object) -> Classifie
     """
     stages = sum(key.endswith("reduce.weight") for key in shapes)
     names = [f"stages.{stage}.reduce.weight" for stage in range(stages)]
-    missing = [name for name in (*names, "hidden.weight") if not shapes.get(name)]
+    ends = ("hidden.weight", "overview.hidden.weight")
+    missing = [name for name in (*names, *ends) if not shapes.get(name)]
     if missing or not stages:
         message = f"no classifier's tensors: {', '.join(missing) or 'stages'} not found."
         raise CheckpointError(message)
-    config = ClassifierConfig(tuple(shapes[name][0] for name in names), shapes["hidden.weight"][0])
+    config = ClassifierConfig(
+        tuple(shapes[name][0] for name in names), *(shapes[name][0] for name in ends)
+    )
     truth = json.loads(json.dumps({**asdict(config), "kinds": KINDS}))
     if claimed != truth:
         message = f"its header says {claimed}, its tensors and this version of dfpir {truth}."
