@@ -25,6 +25,7 @@ from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
 from dfpir.kernels.cpu import TILE_BYTES
 from dfpir.memory import first_that_fits
 from dfpir.model import CONVOLVED_PIXELS, DFPIR, Attention, DFPIRConfig, Progress
+from dfpir.noise import contrast_for, with_contrast
 from dfpir.pixels import (
     PixelError,
     ValueRange,
@@ -45,6 +46,12 @@ PRECISIONS = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+STRONG_NOISE = (
+    "The noise is stronger than the network has learnt, so the contrast was lowered for it and "
+    "raised again."
+)
+"""A note of the record."""
+
 STRIP_PIXELS = 2**14
 """Pixels of a strip at the network's own resolution: what a processor's cache holds best, and a
 step of well under a second, so that progress is seen and a cancelled run ends soon."""
@@ -593,16 +600,28 @@ class Restorer:
         variance = torch.zeros_like(pixels[:, :1], dtype=torch.float32)
 
         def remove(given: Tensor, kind: Degradation) -> Tensor:
-            nonlocal variance
             begun.append(kind)
             # A later step makes the way longer, at the place that has been reached.
             progress = portion(on_progress, len(begun) - 1, len(begun))
-            if not ensemble:
-                known = attention if len(begun) == 1 else None
-                return self.run(given, kind, tiling, progress, known, course)
-            restored, deviation = self.run_turned(given, kind, tiling, progress, course)
-            variance = variance + deviation**2
-            return restored
+            if attention is not None and len(begun) == 1:
+                return self.run(given, kind, tiling, progress, attention, course)
+            # Only of the strongest noise is it asked whether it is stronger still.
+            contrast = 1.0
+            if kind is Degradation.NOISE_50:
+                known = found.sigma if len(begun) == 1 else None
+                contrast = contrast_for(known or look(given).sigma)
+            if contrast < 1:
+                course.remark(STRONG_NOISE)
+
+            def attempt(pixels: Tensor) -> Tensor:
+                nonlocal variance
+                if not ensemble:
+                    return self.run(pixels, kind, tiling, progress, None, course)
+                restored, deviation = self.run_turned(pixels, kind, tiling, progress, course)
+                variance = variance + (deviation / contrast) ** 2
+                return restored
+
+            return with_contrast(given, contrast, attempt)
 
         def look(image: Tensor) -> Diagnosis:
             return classify_images(image)[0]
