@@ -85,8 +85,6 @@ def main():
     )
     show("definition, float32", lambda kind: model.define(pixels, kind))
     show("package, float32", lambda kind: model(pixels, kind))
-    with torch.backends.mkldnn.flags(enabled=False):
-        show("definition, float32, without oneDNN", lambda kind: model.define(pixels, kind))
     with RoundedOnce():
         show("definition, float32, each result rounded", lambda kind: model.define(pixels, kind))
     exact = copy.deepcopy(model).double()
