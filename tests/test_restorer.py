@@ -594,3 +594,13 @@ def test_bundled_weights_restore_noise(photograph):
     assert error(done.image) < error(noisy) / 4
     assert done.record.weights == "dfpir-compact-6"
     assert SMALL_COMPACT.stem == 2
+
+
+@pytest.mark.parametrize("shape", [(20, 24, 3), (20, 24, 4)])
+def test_a_grey_picture_in_three_channels_stays_grey(restorer, shape):
+    picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    picture[..., :3] = picture[..., :1]
+    done = restorer.restore(picture, "haze").image
+    assert (done[..., :3] == done[..., :1]).all()
+    assert (done[..., 0] == restorer.restore(picture[..., 0], "haze").image).all()
+    assert not (done[..., :3] == picture[..., :3]).all()

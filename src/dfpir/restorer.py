@@ -553,6 +553,9 @@ class Restorer:
                 restored, taken, deviation = self.run_steps(
                     colours, found, most, ensemble, tiling, progress, attention, course
                 )
+                if bool((colours == colours[:, :1]).all()):
+                    # The network may tint what has no colour; a grey picture stays grey.
+                    restored = restored.mean(dim=1, keepdim=True)
                 put_colours(image[number], torch.lerp(colours, restored, share))
                 if spread is not None:
                     spread[number] = (share * deviation)[0, 0]
