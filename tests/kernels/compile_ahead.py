@@ -20,26 +20,36 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dfpir.kernels import triton_correlate, triton_gate, triton_mix_values, triton_project
+from dfpir.kernels import (
+    triton_correlate,
+    triton_filter,
+    triton_gate,
+    triton_mix_values,
+    triton_project,
+)
 from dfpir.model import DFPIRConfig
 
 OPERANDS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 POINTERS = {
     "project": {"features": 0, "weight": 0, "bias": 0, "projected": 0},
-    "correlate": dict.fromkeys(["query", "key", "query_filters", "key_filters"], 0)
-    | {"products": "fp32", "squares": "fp32"},
-    "mix_values": dict.fromkeys(["values", "filters", "matrix", "residual", "mixed"], 0),
-    "gate": dict.fromkeys(["hidden", "filters", "project_out", "residual", "gated"], 0),
+    "correlate": dict.fromkeys(["query", "key"], 0)
+    | dict.fromkeys(["query_filters", "key_filters", "products", "squares"], "fp32"),
+    "mix_values": dict.fromkeys(["values", "matrix", "residual", "mixed"], 0) | {"filters": "fp32"},
+    "gate": dict.fromkeys(["hidden", "project_out", "residual", "gated"], 0) | {"filters": "fp32"},
+    "filter": {"features": 0, "filters": "fp32", "filtered": 0},
+    "filter_weights": {"features": 0, "slope": 0, "sums": "fp32"},
 }
 KERNELS = {
     "project": triton_project.project_kernel,
     "correlate": triton_correlate.correlate_kernel,
     "mix_values": triton_mix_values.mix_values_kernel,
     "gate": triton_gate.gate_kernel,
+    "filter": triton_filter.filter_kernel,
+    "filter_weights": triton_filter.filter_weights_kernel,
 }
 
 
-def cases():
+def cases(capability):
     """Yield operation, shape, block sizes and constants of every shape of both presets, once."""
     seen = set()
     for preset in ("paper", "compact"):
@@ -47,23 +57,30 @@ def cases():
         levels = [(config.channels(depth), config.heads[depth]) for depth in range(4)]
         for channels, heads in [*levels, (2 * config.width, config.heads[0])]:
             hidden = -(-int(channels * config.expansion) // 8) * 8
-            for case in shapes(channels, channels // heads, hidden):
+            for case in shapes(channels, channels // heads, hidden, hopper=capability >= 90):
                 if case[:2] not in seen:
                     seen.add(case[:2])
                     yield case
+    for channels in (96, 128):
+        for sums in (False, True):
+            blocks = triton_filter.blocks(channels, sums=sums)
+            yield "filter_weights" if sums else "filter", f"C={channels}", blocks, {}
 
 
-def shapes(channels, each, hidden):
+def shapes(channels, each, hidden, *, hopper):
     """Yield the same for a block of `channels`, heads of `each` and `hidden` features."""
     for outputs in (channels, 2 * channels, 2 * hidden):
         constants = {"C": channels, "O": outputs, "EPSILON": 1e-5}
         blocks = triton_project.blocks(channels, outputs)
         yield "project", f"C={channels} O={outputs}", blocks, constants
-    yield "correlate", f"D={each}", triton_correlate.blocks(each), {"D": each}
+    blocks = triton_correlate.blocks(each, hopper=hopper)
+    yield "correlate", f"D={each}", blocks, {"D": each, "HOPPER": hopper}
     constants = {"C": channels, "RESIDUAL": True}
-    yield "mix_values", f"C={channels}", triton_mix_values.blocks(channels), constants
+    blocks = triton_mix_values.blocks(channels, hopper=hopper)
+    yield "mix_values", f"C={channels}", blocks, constants
     constants = {"C": channels, "HIDDEN": hidden}
-    yield "gate", f"C={channels} h={hidden}", triton_gate.blocks(channels, hidden), constants
+    blocks = triton_gate.blocks(channels, hidden, hopper=hopper)
+    yield "gate", f"C={channels} h={hidden}", blocks, constants
 
 
 def compile_one(name, blocks, constants, dtype, capability):
@@ -71,7 +88,9 @@ def compile_one(name, blocks, constants, dtype, capability):
     kernel = KERNELS[name]
     blocks = dict(blocks)
     options = {"num_warps": blocks.pop("num_warps"), "num_stages": blocks.pop("num_stages", 3)}
-    constants = {**constants, **blocks, "PRECISION": "ieee", "OPERAND": OPERANDS[dtype]}
+    constants = {**constants, **blocks}
+    if "PRECISION" in kernel.arg_names:  # kernels with products
+        constants |= {"PRECISION": "ieee", "OPERAND": OPERANDS[dtype]}
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -119,8 +138,10 @@ def resources(ptx, capability):
 
 
 def main(chosen):
-    for name, shape, blocks, constants in cases():
-        for dtype, capability in itertools.product(OPERANDS, (80, 90)):
+    for capability in (80, 90):
+        for (name, shape, blocks, constants), dtype in itertools.product(
+            cases(capability), OPERANDS
+        ):
             if chosen and not any(
                 word in f"{name} {shape} {dtype} sm_{capability}" for word in chosen
             ):

@@ -1,6 +1,7 @@
 """Who computes: the choice, and every way back to plain PyTorch."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,43 @@ def test_insisting_on_triton_tells_the_reason(monkeypatch, device, dtype, gradie
     fails(monkeypatch, RuntimeError("no compiler"))
     with pytest.raises(RuntimeError, match=rf"'triton', but .*{reason}.*'torch'"):
         backend.use_triton(device, dtype, gradient)
+
+
+def features(dtype=torch.float32, device=CUDA):
+    """What the choice looks at."""
+    return SimpleNamespace(dtype=dtype, device=device, is_cuda=device.type == "cuda")
+
+
+def test_the_filter_s_kernel_is_for_gradients_on_cuda(monkeypatch):
+    works(monkeypatch)
+    for dtype in backend.DTYPES:
+        assert backend.use_filter(features(dtype))
+    assert not backend.use_filter(features(torch.float64))
+    with torch.no_grad():
+        assert not backend.use_filter(features())
+    monkeypatch.setenv("DFPIR_KERNELS", "torch")
+    assert not backend.use_filter(features())
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "xpu"])
+def test_the_filter_s_kernel_is_not_for_other_devices(monkeypatch, kind):
+    fails(monkeypatch, AssertionError("the probe is not to run"))
+    assert not backend.use_filter(features(device=torch.device(kind)))
+
+
+def test_interpreted_the_filter_s_kernel_is_taken_when_told(monkeypatch):
+    works(monkeypatch)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not backend.use_filter(features(device=CPU))
+    monkeypatch.setenv("DFPIR_KERNELS", "triton")
+    assert backend.use_filter(features(device=CPU))
+
+
+def test_a_failed_probe_leaves_the_filter_to_pytorch(monkeypatch, caplog):
+    fails(monkeypatch, RuntimeError("no compiler"))
+    with caplog.at_level(logging.WARNING, logger="dfpir"):
+        assert not backend.use_filter(features())
+    assert "no compiler" in caplog.text
 
 
 def test_an_unknown_choice_is_named(monkeypatch):

@@ -21,13 +21,15 @@ def test_kernels_compile_for_sm_80_and_sm_90():
     """The widest use of each kernel; `python tests/kernels/compile_ahead.py` does all shapes."""
     wanted = ["C=96 O=512 bf16", "D=96 bf16", "mix_values C=96 bf16", "gate C=96 h=256 bf16"]
     wanted += ["D=48 fp32 sm_80", "gate C=96 h=256 fp32 sm_90", "mix_values C=96 fp16 sm_90"]
+    wanted += ["filter C=128 bf16", "filter_weights C=128 bf16", "filter_weights C=128 fp32 sm_80"]
     child = subprocess.run(
         [sys.executable, PROGRAM, *wanted], capture_output=True, text=True, check=False
     )
     assert child.returncode == 0, child.stderr
     found = [json.loads(line) for line in child.stdout.splitlines()]
-    assert {row["kernel"] for row in found} == {"project", "correlate", "mix_values", "gate"}
-    assert len(found) == 11, found
+    kernels = {"project", "correlate", "mix_values", "gate", "filter", "filter_weights"}
+    assert {row["kernel"] for row in found} == kernels
+    assert len(found) == 16, found
     for row in found:
         assert row["shared"] <= SHARED[row["target"]], row
         assert row["spilled"] <= SPILLED, row

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from conftest import SMALL, SMALL_COMPACT, TOLERANCE, assert_equal, distance, random_model
 from dfpir import kernels
@@ -39,6 +40,18 @@ def poison(monkeypatch):
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32():
+    """On a card cuDNN would round float32 factors by default, in the definition too."""
+    places = torch.backends.cudnn, torch.backends.cuda.matmul
+    usual = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    yield
+    for place, allowed in zip(places, usual, strict=True):
+        place.allow_tf32 = allowed
 
 
 def draw(*shape, dtype=torch.float32, seed=0, scale=1.0):
@@ -130,6 +143,26 @@ def test_gate(dtype, channels, heads, height, width, above, below):
     assert_equal(out, expected, dtype)
 
 
+@each_dtype
+@pytest.mark.parametrize(
+    ("channels", "height", "width"), [(16, 1, 1), (40, 9, 7), (48, 5, 18), (64, 3, 4)]
+)
+def test_filter_and_its_gradients(dtype, channels, height, width):
+    x = rows(height, width, channels, dtype).requires_grad_()
+    filters = draw(channels, 1, 3, 3, dtype=dtype, seed=1).requires_grad_()
+    slope = rows(height, width, channels, dtype, seed=2)
+    found = torch.ops.dfpir.filter(x, filters)
+    found.backward(slope)
+    exact = [value.detach().float().requires_grad_() for value in (x, filters)]
+    wide = F.conv2d(exact[0].permute(0, 3, 1, 2), exact[1], padding=1, groups=channels)
+    expected = wide.permute(0, 2, 3, 1)
+    expected.backward(slope.float())
+    assert_equal(found, expected, dtype)
+    for given, precise in zip((x, filters), exact, strict=True):
+        assert given.grad.dtype == dtype
+        assert_equal(given.grad, precise.grad, dtype)
+
+
 def kept_by(sums, kept):
     products, query_squares, key_squares = sums
     norms = (query_squares[..., :, None] * key_squares[..., None, :]).sqrt()
@@ -203,6 +236,40 @@ def test_operators_are_sound():
         (operators.gate, (draw(1, 4, 5, 32), draw(32, 1, 3, 3), draw(16, 16), x, out, 0, 0)),
     ):
         torch.library.opcheck(operator.default, arguments, test_utils=tests)
+    torch.library.opcheck(operators.filter_weights.default, (x, x.flip(1)), test_utils=tests)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_the_filter_with_its_gradient_is_sound(wanted):
+    arguments = [
+        value.requires_grad_(gradient)
+        for value, gradient in zip((draw(1, 4, 5, 16), draw(16, 1, 3, 3)), wanted, strict=True)
+    ]
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(
+        torch.ops.dfpir.filter.default,
+        tuple(arguments),
+        test_utils=(*tests, "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_a_pass_learns_alike_with_the_filter_s_kernel(monkeypatch):
+    """A pass of the generic ones with the kernel, against the same without it."""
+    x = draw(1, 6, 7, 16)
+    hidden = kernels.Projection(draw(48, 16), draw(48), draw(48, 1, 3, 3))
+    project_out = draw(16, 24)
+    values = x, hidden.weight, hidden.bias, hidden.filters, project_out
+    for value in values:
+        value.requires_grad_()
+
+    def gradients():
+        made = kernels.feed_forward(x, hidden, project_out, rows=None, advance=lambda pixels: None)
+        return torch.autograd.grad(made.square().sum(), values)
+
+    expected = gradients()
+    monkeypatch.setattr(backend, "use_filter", lambda features: True)
+    for found, defined in zip(gradients(), expected, strict=True):
+        assert_equal(found, defined)
 
 
 def test_compile_sees_one_operator():

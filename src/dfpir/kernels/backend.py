@@ -81,6 +81,17 @@ def use_triton(device: torch.device, dtype: torch.dtype, gradient: bool) -> bool
     return not reason
 
 
+def use_filter(features: Tensor) -> bool:
+    """Whether the kernel of the depthwise filter, which has a gradient, serves these features."""
+    return (
+        torch.is_grad_enabled()
+        and features.dtype in DTYPES
+        and (features.is_cuda or (interpreted() and requested() == "triton"))
+        and requested() != "torch"
+        and not probe(features.device)
+    )
+
+
 def probe(device: torch.device) -> str:
     """Run every kernel once on a device; return what failed, or nothing.
 
@@ -139,6 +150,14 @@ def check(device: torch.device) -> None:
         "mix_values": (
             written(kernels.mix_values, image, filters, square[None], image),
             reference.mix_values(image, filters, square[None], image),
+        ),
+        "filter": (
+            kernels.filter(image, filters),
+            reference.depthwise_rows(image, filters, 0, 0),
+        ),
+        "filter_weights": (
+            kernels.filter_weights(image, image)[:, 0, 1, 1],
+            image.square().sum(dim=(0, 1, 2)),
         ),
         "gate": (
             written(kernels.gate, both, wide, narrow, image),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dfpir.kernels import backend
 from dfpir.kernels.passes import Advance, Projection, strips
 from dfpir.kernels.reference import EPSILON
 
@@ -32,9 +33,14 @@ def filtered(features: Tensor, projection: Projection, top: int, bottom: int) ->
     if projection.mixing is not None and projection.offset is not None:
         strip = mix(strip, projection.mixing) + projection.offset
     strip = F.layer_norm(strip, strip.shape[-1:], eps=EPSILON)
-    projected = F.linear(strip, projection.weight, projection.bias).permute(0, 3, 1, 2)
+    projected = F.linear(strip, projection.weight, projection.bias)
     groups = projection.filters.shape[0]
-    rows = convolve_strip(projected, projection.filters, groups, first == top, last == bottom)
+    if (first, last) == (top, bottom) and backend.use_filter(projected):
+        whole: Tensor = torch.ops.dfpir.filter(projected, projection.filters)
+        return whole
+    rows = convolve_strip(
+        projected.permute(0, 3, 1, 2), projection.filters, groups, first == top, last == bottom
+    )
     return rows.permute(0, 2, 3, 1)
 
 
@@ -115,11 +121,14 @@ def gram(
     for top, bottom in strips(height, rows):
         outputs = [filtered(features, projection, top, bottom) for projection in projections]
         query, key = outputs if len(outputs) == 2 else outputs[0].chunk(2, dim=-1)
-        query, key = (side.flatten(1, 2).float() for side in (query, key))  # (N, pixels, C)
+        query, key = (side.flatten(1, 2) for side in (query, key))  # (N, pixels, C)
+        if features.dtype is torch.float16:  # sums over pixels leave its range
+            query, key = query.float(), key.float()
         for head in range(heads):
             part = slice(head * each, (head + 1) * each)
             products[:, head] += query[..., part].transpose(1, 2) @ key[..., part]
-        squares += torch.cat([query.square().sum(dim=1), key.square().sum(dim=1)], dim=1)
+        each_square = (side.square().sum(dim=1, dtype=torch.float32) for side in (query, key))
+        squares += torch.cat(list(each_square), dim=1)
         advance(count * (bottom - top) * width)
     query_squares, key_squares = squares.view(count, 2, heads, each).unbind(dim=1)
     return products, query_squares, key_squares

@@ -1,9 +1,11 @@
 """The Triton kernels as PyTorch operators, `torch.ops.dfpir.*`, each one node to `torch.compile`.
 
-Triton is imported when an operator first runs. The operators have no gradient.
+Triton is imported when an operator first runs. Only `filter` has a gradient.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +65,20 @@ def gate(
     launch(hidden, filters, project_out, residual, out, above, below)
 
 
+def filter_rows(features: Tensor, filters: Tensor) -> Tensor:
+    """Filter each channel of (N, H, W, C); see `reference.depthwise`."""
+    from dfpir.kernels.triton_filter import launch
+
+    return launch(features, filters)
+
+
+def filter_weights(features: Tensor, slope: Tensor) -> Tensor:
+    """Return the gradient of the filters, (C, 1, 3, 3), float32."""
+    from dfpir.kernels.triton_filter import launch_weights
+
+    return launch_weights(features, slope)
+
+
 def fake_project(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return an empty tensor such as `project` returns."""
     return features.new_empty(*features.shape[:-1], weight.shape[0])
@@ -82,6 +98,16 @@ def fake_correlate(
     products = query.new_empty(count, heads, each, each, dtype=torch.float32)
     squares = query.new_empty(count, heads, each, dtype=torch.float32)
     return products, squares, torch.empty_like(squares)
+
+
+def fake_filter(features: Tensor, filters: Tensor) -> Tensor:
+    """Return an empty tensor such as `filter_rows` returns."""
+    return features.new_empty(features.shape)
+
+
+def fake_filter_weights(features: Tensor, slope: Tensor) -> Tensor:
+    """Return an empty tensor such as `filter_weights` returns."""
+    return features.new_empty(features.shape[-1], 1, 3, 3, dtype=torch.float32)
 
 
 def fake_writer(*_: object) -> None:
@@ -111,7 +137,32 @@ for name, schema, function, fake in (
         gate,
         fake_writer,
     ),
+    ("filter", "(Tensor features, Tensor filters) -> Tensor", filter_rows, fake_filter),
+    (
+        "filter_weights",
+        "(Tensor features, Tensor slope) -> Tensor",
+        filter_weights,
+        fake_filter_weights,
+    ),
 ):
     LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dfpir::{name}", fake, lib=LIBRARY)
+
+
+def keep_for_gradient(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    """Save what `filter_gradient` needs."""
+    ctx.save_for_backward(*inputs)
+
+
+def filter_gradient(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of features and filters; the first is a filter turned around."""
+    features, filters = ctx.saved_tensors
+    of_features = torch.ops.dfpir.filter(slope, filters.flip(2, 3))
+    of_filters = torch.ops.dfpir.filter_weights(features, slope)
+    return of_features, of_filters.to(filters.dtype)
+
+
+torch.library.register_autograd(
+    "dfpir::filter", filter_gradient, setup_context=keep_for_gradient, lib=LIBRARY
+)

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfpir.kernels.triton_depthwise import BLOCK_COLUMNS, BLOCK_ROWS, depthwise, operand, precision
+from dfpir.kernels.triton_depthwise import by_tap, depthwise, hopper, operand, precision
 
-PROGRAMS = 512
+PROGRAMS = 1056
 """Programs in all, about: a few for each processor of a large card."""
 
 
@@ -17,8 +17,8 @@ PROGRAMS = 512
 def correlate_kernel(  # type: ignore[no-untyped-def]
     query,  # (N, H, W, C)
     key,  # (N, H, W, C), of the same strides
-    query_filters,  # (C, 9)
-    key_filters,  # (C, 9)
+    query_filters,  # (9, C), float32
+    key_filters,  # (9, C), float32
     products,  # (splits, N, heads, D, D), float32
     squares,  # (splits, N, heads, 2, D), float32
     height,
@@ -30,6 +30,7 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
     stride_column,
     stride_channel,
     D: tl.constexpr,
+    HOPPER: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -57,6 +58,7 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
     index = tl.arange(0, P)
     across = tl.cdiv(width, BLOCK_COLUMNS)
     tiles = across * tl.cdiv(written, BLOCK_ROWS)
+    identity = within[:, None] == within[None, :]
     gram = tl.zeros((BLOCK_D, BLOCK_KEYS), dtype=tl.float32)
     query_squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
     key_squares = tl.zeros((BLOCK_KEYS,), dtype=tl.float32)
@@ -77,6 +79,7 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
             stride_row,
             stride_column,
             stride_channel,
+            heads * D,
             P,
             BLOCK_D,
         ).to(query.dtype.element_ty)  # (P, D)
@@ -93,12 +96,16 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
             stride_row,
             stride_column,
             stride_channel,
+            heads * D,
             P,
             BLOCK_KEYS,
         ).to(key.dtype.element_ty)
-        gram = tl.dot(
-            tl.trans(left.to(OPERAND)), right.to(OPERAND), gram, input_precision=PRECISION
-        )
+        first = tl.trans(left.to(OPERAND))
+        if HOPPER and left.dtype.primitive_bitwidth == 16:
+            # Through a product with the identity, which changes nothing: as a first factor, each
+            # tap's load would be rearranged; what comes out of a product need not be.
+            first = tl.dot(identity.to(OPERAND), first).to(OPERAND)
+        gram = tl.dot(first, right.to(OPERAND), gram, input_precision=PRECISION)
         # Of the rounded values, so that no correlation exceeds one.
         query_squares += tl.sum(left.to(tl.float32) * left.to(tl.float32), axis=0)
         key_squares += tl.sum(right.to(tl.float32) * right.to(tl.float32), axis=0)
@@ -114,19 +121,19 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
     tl.store(squares + place * 2 * D + D + key_within, key_squares, mask=key_known)
 
 
-def blocks(each: int) -> dict[str, int]:
+def blocks(each: int, *, hopper: bool) -> dict[str, int]:
     """Return the block sizes for heads of so many channels, and the warps that share a block.
 
-    The largest with which no register is spilled. Loads are not staged ahead: nine taps of each
-    would fill the shared memory.
+    The fastest of those tried on an H200 that spill no registers, and on other cards the largest
+    that spill none. Loads are not staged ahead: nine taps of each would fill the shared memory.
     """
     wide = max(triton.next_power_of_2(each), 16)
     return {
-        "BLOCK_ROWS": BLOCK_ROWS // 4,
-        "BLOCK_COLUMNS": BLOCK_COLUMNS,
+        "BLOCK_ROWS": 4 if hopper and wide > 32 else 2,
+        "BLOCK_COLUMNS": 8,
         "BLOCK_D": wide,
-        "BLOCK_KEYS": wide if wide <= 64 else 32,
-        "num_warps": 8 if each > 16 else 4,
+        "BLOCK_KEYS": wide if wide <= 64 else 64 if hopper else 16,
+        "num_warps": 4 if wide <= 32 else 8,
         "num_stages": 1,
     }
 
@@ -145,7 +152,7 @@ def launch(
         query, key = query.contiguous(), key.contiguous()
     count, height, width, channels = query.shape
     each, written = channels // heads, height - above - below
-    sizes = blocks(each)
+    sizes = blocks(each, hopper=hopper(query))
     tiles = triton.cdiv(written, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLUMNS"])
     splits = min(tiles, max(PROGRAMS // (heads * count), 1))
     products = torch.empty(
@@ -155,8 +162,8 @@ def launch(
     correlate_kernel[(splits, heads * triton.cdiv(each, sizes["BLOCK_KEYS"]), count)](
         query,
         key,
-        query_filters.contiguous(),
-        key_filters.contiguous(),
+        by_tap(query_filters),
+        by_tap(key_filters),
         products,
         squares,
         height,
@@ -165,6 +172,7 @@ def launch(
         written,
         *query.stride(),
         D=each,
+        HOPPER=hopper(query),
         PRECISION=precision(query),
         OPERAND=operand(query),
         **sizes,

@@ -6,14 +6,22 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_ROWS, BLOCK_COLUMNS = 8, 8
-"""Pixels of a program, near a square so that neighbours are read again from cache, not memory."""
-
 
 def precision(tensor: torch.Tensor) -> str:
     """Return how float32 products are formed: as PyTorch is told to form its own."""
     allowed = tensor.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if allowed else "ieee"
+
+
+def hopper(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is on a card whose products take factors from shared memory (sm_90)."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+def by_tap(filters: torch.Tensor) -> torch.Tensor:
+    """Lay filters (C, 1, 3, 3) out as (9, C), float32: converted once, not for every pixel."""
+    kept = torch.contiguous_format
+    return filters.flatten(1).T.to(torch.float32, copy=True, memory_format=kept)
 
 
 def operand(tensor: torch.Tensor) -> object:
@@ -31,7 +39,7 @@ def operand(tensor: torch.Tensor) -> object:
 @triton.jit  # type: ignore[untyped-decorator]
 def depthwise(  # type: ignore[no-untyped-def]
     source,  # pointer to pixel (0, 0) of an image (H, W, C)
-    filters,  # (C, 9)
+    filters,  # (9, all channels), float32
     row,  # (P,) int64, of the centre
     column,  # (P,) int64
     inside,  # (P,)
@@ -42,21 +50,30 @@ def depthwise(  # type: ignore[no-untyped-def]
     stride_row,
     stride_column,
     stride_channel,
+    stride_tap,  # how many channels there are in all
     P: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Return y[p, k] = sum over t of filters[k, t] x[p + t, k], float32; zeros beyond the image."""
+    """Return y[p, k] = sum over t of filters[t, k] x[p + t, k], float32; zeros beyond the image.
+
+    The filters are laid out like the features, so that a thread loads those of its channels at
+    once: channel by channel, they would take eight times the loads of the features.
+    """
     total = tl.zeros((P, K), dtype=tl.float32)
     for tap in tl.static_range(9):
         at_row = row + (tap // 3 - 1)
         at_column = column + (tap % 3 - 1)
         seen = inside & (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
         start = at_row * stride_row + at_column * stride_column  # (P,)
+        mask = seen[:, None] & known[None, :]
         x = tl.load(
-            source + start[:, None] + channel[None, :] * stride_channel,
-            mask=seen[:, None] & known[None, :],
-            other=0.0,
+            source + start[:, None] + channel[None, :] * stride_channel, mask=mask, other=0.0
         )  # (P, K)
-        weight = tl.load(filters + channel * 9 + tap, mask=known, other=0.0)  # (K,)
-        total += x.to(tl.float32) * weight.to(tl.float32)[None, :]
+        # Loaded for every pixel again: a row of weights in another layout would take a barrier.
+        weight = tl.load(
+            filters + tap * stride_tap + channel[None, :] + 0 * start[:, None],
+            mask=mask,
+            other=0.0,
+        )
+        total += x.to(tl.float32) * weight
     return total

@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfpir.kernels.triton_depthwise import BLOCK_COLUMNS, BLOCK_ROWS, depthwise, operand, precision
+from dfpir.kernels.triton_depthwise import by_tap, depthwise, hopper, operand, precision
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def gate_kernel(  # type: ignore[no-untyped-def]
     hidden,  # (N, H, W, 2h)
-    filters,  # (2h, 9)
+    filters,  # (9, 2h), float32
     project_out,  # (C, h)
     residual,  # (N, written, W, C)
     gated,  # (N, written, W, C)
@@ -55,7 +55,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     inside = (row < written) & (column < width)
     output = tl.arange(0, BLOCK_CHANNELS)  # (C,)
     source = hidden + image * stride_image
-    result = tl.zeros((P, BLOCK_CHANNELS), dtype=tl.float32)
+    result = tl.zeros((BLOCK_CHANNELS, P), dtype=tl.float32)
     for first in range(0, HIDDEN, BLOCK_HIDDEN):
         channel = first + tl.arange(0, BLOCK_HIDDEN)
         known = channel < HIDDEN
@@ -72,6 +72,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
             stride_row,
             stride_column,
             stride_channel,
+            2 * HIDDEN,
             P,
             BLOCK_HIDDEN,
         )  # (P, K)
@@ -88,46 +89,48 @@ def gate_kernel(  # type: ignore[no-untyped-def]
             stride_row,
             stride_column,
             stride_channel,
+            2 * HIDDEN,
             P,
             BLOCK_HIDDEN,
         )
         product = 0.5 * opening * (1.0 + tl.erf(opening * 0.7071067811865476)) * content
         weight = tl.load(
-            project_out + output[None, :] * HIDDEN + channel[:, None],
-            mask=known[:, None] & (output < C)[None, :],
+            project_out + output[:, None] * HIDDEN + channel[None, :],
+            mask=(output < C)[:, None] & known[None, :],
             other=0.0,
-        )  # (K, C)
+        )  # (C, K)
+        # The filtered features come second: as first factor, each tap's load would be rearranged.
         result = tl.dot(
-            product.to(weight.dtype).to(OPERAND),
             weight.to(OPERAND),
+            tl.trans(product.to(weight.dtype).to(OPERAND)),
             result,
             input_precision=PRECISION,
         )
     here = inside[:, None] & (output < C)[None, :]
     at = image * residual_image + row * residual_row + column * residual_column
     x = tl.load(residual + at[:, None] + output[None, :] * residual_channel, mask=here, other=0.0)
-    result += x.to(tl.float32)
+    summed = tl.trans(result) + x.to(tl.float32)
     at = image * gated_image + row * gated_row + column * gated_column
     tl.store(
         gated + at[:, None] + output[None, :] * gated_channel,
-        result.to(gated.dtype.element_ty),
+        summed.to(gated.dtype.element_ty),
         mask=here,
     )
 
 
-def blocks(channels: int, hidden: int) -> dict[str, int]:
+def blocks(channels: int, hidden: int, *, hopper: bool) -> dict[str, int]:
     """Return the block sizes for so many channels, and the warps that share a block.
 
-    Sixteen hidden features at a time are as many as spill no registers. Loads are not staged
-    ahead: nine taps of each would fill the shared memory.
+    The fastest of those tried on an H200; other cards get smaller ones where these would spill
+    registers. Loads are not staged ahead: nine taps of each would fill the shared memory.
     """
     wide = max(triton.next_power_of_2(channels), 16)
     return {
-        "BLOCK_ROWS": BLOCK_ROWS if wide <= 128 else BLOCK_ROWS // 2,
-        "BLOCK_COLUMNS": BLOCK_COLUMNS,
-        "BLOCK_HIDDEN": 16,
+        "BLOCK_ROWS": 4 if hopper else 2,
+        "BLOCK_COLUMNS": 8,
+        "BLOCK_HIDDEN": 32 if hidden % 32 == 0 else 16,
         "BLOCK_CHANNELS": wide,
-        "num_warps": 4 if wide <= 64 else 8,
+        "num_warps": 4 if wide <= (128 if hopper else 64) else 8,
         "num_stages": 1,
     }
 
@@ -144,11 +147,11 @@ def launch(
     """Write residual + W (GELU(a) b) into `out` (N, H - above - below, W, C)."""
     count, height, width, _ = hidden.shape
     channels, half = project_out.shape
-    sizes, written = blocks(channels, half), height - above - below
+    sizes, written = blocks(channels, half, hopper=hopper(hidden)), height - above - below
     tiles = triton.cdiv(written, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLUMNS"])
     gate_kernel[(tiles, count)](
         hidden,
-        filters.contiguous(),
+        by_tap(filters),
         project_out.contiguous(),
         residual,
         out,

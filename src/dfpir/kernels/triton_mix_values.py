@@ -6,13 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfpir.kernels.triton_depthwise import BLOCK_COLUMNS, BLOCK_ROWS, depthwise, operand, precision
+from dfpir.kernels.triton_depthwise import by_tap, depthwise, hopper, operand, precision
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def mix_values_kernel(  # type: ignore[no-untyped-def]
     values,  # (N, H, W, C)
-    filters,  # (C, 9)
+    filters,  # (9, C), float32
     matrix,  # (N or 1, C, C)
     residual,  # (N, written, W, C), or any pointer
     mixed,  # (N, written, W, C)
@@ -52,7 +52,7 @@ def mix_values_kernel(  # type: ignore[no-untyped-def]
     column = tile % across * BLOCK_COLUMNS + index % BLOCK_COLUMNS
     inside = (row < written) & (column < width)
     output = tl.arange(0, BLOCK_CHANNELS)  # (C,)
-    result = tl.zeros((P, BLOCK_CHANNELS), dtype=tl.float32)
+    result = tl.zeros((BLOCK_CHANNELS, P), dtype=tl.float32)
     for first in range(0, C, BLOCK_INPUTS):
         channel = first + tl.arange(0, BLOCK_INPUTS)
         filtered = depthwise(
@@ -68,47 +68,51 @@ def mix_values_kernel(  # type: ignore[no-untyped-def]
             stride_row,
             stride_column,
             stride_channel,
+            C,
             P,
             BLOCK_INPUTS,
         )  # (P, K)
         weight = tl.load(
-            matrix + image * stride_matrix + output[None, :] * C + channel[:, None],
-            mask=(channel < C)[:, None] & (output < C)[None, :],
+            matrix + image * stride_matrix + output[:, None] * C + channel[None, :],
+            mask=(output < C)[:, None] & (channel < C)[None, :],
             other=0.0,
-        )  # (K, C)
+        )  # (C, K)
+        # The filtered values come second: as first factor, each tap's load would be rearranged.
         result = tl.dot(
-            filtered.to(weight.dtype).to(OPERAND),
             weight.to(OPERAND),
+            tl.trans(filtered.to(weight.dtype).to(OPERAND)),
             result,
             input_precision=PRECISION,
         )
+    summed = tl.trans(result)  # (P, C)
     here = inside[:, None] & (output < C)[None, :]
     if RESIDUAL:
         at = image * residual_image + row * residual_row + column * residual_column
         x = tl.load(
             residual + at[:, None] + output[None, :] * residual_channel, mask=here, other=0.0
         )
-        result += x.to(tl.float32)
+        summed += x.to(tl.float32)
     at = image * mixed_image + row * mixed_row + column * mixed_column
     tl.store(
         mixed + at[:, None] + output[None, :] * mixed_channel,
-        result.to(mixed.dtype.element_ty),
+        summed.to(mixed.dtype.element_ty),
         mask=here,
     )
 
 
-def blocks(channels: int) -> dict[str, int]:
+def blocks(channels: int, *, hopper: bool) -> dict[str, int]:
     """Return the block sizes for so many channels, and the warps that share a block.
 
-    Loads are not staged ahead: nine taps of each would fill the shared memory.
+    The fastest of those tried on an H200; other cards get smaller ones where these would spill
+    registers. Loads are not staged ahead: nine taps of each would fill the shared memory.
     """
     wide = max(triton.next_power_of_2(channels), 16)
     return {
-        "BLOCK_ROWS": BLOCK_ROWS if wide <= 256 else BLOCK_ROWS // 2,
-        "BLOCK_COLUMNS": BLOCK_COLUMNS,
+        "BLOCK_ROWS": 8 if channels <= (64 if hopper else 48) else 4,
+        "BLOCK_COLUMNS": 8,
         "BLOCK_INPUTS": 32 if channels % 32 == 0 else 16,
         "BLOCK_CHANNELS": wide,
-        "num_warps": 4 if wide <= 64 else 8,
+        "num_warps": 4 if wide <= 128 else 8,
         "num_stages": 1,
     }
 
@@ -124,13 +128,13 @@ def launch(
 ) -> None:
     """Write M depthwise(values) + residual into `out` (N, H - above - below, W, C)."""
     count, height, width, channels = values.shape
-    sizes, written = blocks(channels), height - above - below
+    sizes, written = blocks(channels, hopper=hopper(values)), height - above - below
     added = out if residual is None else residual
     tiles = triton.cdiv(written, sizes["BLOCK_ROWS"]) * triton.cdiv(width, sizes["BLOCK_COLUMNS"])
     matrix = matrix.contiguous()
     mix_values_kernel[(tiles, count)](
         values,
-        filters.contiguous(),
+        by_tap(filters),
         matrix,
         added,
         out,

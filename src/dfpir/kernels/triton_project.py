@@ -10,8 +10,6 @@ from torch import Tensor
 from dfpir.kernels.reference import EPSILON
 from dfpir.kernels.triton_depthwise import operand, precision
 
-BLOCK_PIXELS = 128
-
 
 @triton.jit  # type: ignore[untyped-decorator]
 def project_kernel(  # type: ignore[no-untyped-def]
@@ -54,7 +52,7 @@ def project_kernel(  # type: ignore[no-untyped-def]
         at = start[:, None] + channel[None, :] * stride_channel
         x = tl.load(features + at, mask=known, other=0.0)  # (P, K)
         total += tl.sum(x.to(tl.float32), axis=1)
-    mean = total / C
+    mean = tl.div_rn(total, C * 1.0)  # to the nearest: a constant has no deviations
     squares = tl.zeros((BLOCK_PIXELS,), dtype=tl.float32)
     for first in range(0, C, BLOCK_CHANNELS):
         channel = first + tl.arange(0, BLOCK_CHANNELS)
@@ -92,12 +90,16 @@ def project_kernel(  # type: ignore[no-untyped-def]
 
 
 def blocks(channels: int, outputs: int) -> dict[str, int]:
-    """Return the block sizes for these channels, and the warps that share a block."""
+    """Return the block sizes for these channels, and the warps that share a block.
+
+    The fastest of those tried on an H200.
+    """
     return {
-        "BLOCK_PIXELS": BLOCK_PIXELS,
+        "BLOCK_PIXELS": 64,
         "BLOCK_CHANNELS": 32 if channels % 32 == 0 else 16,
-        "BLOCK_OUTPUTS": min(max(triton.next_power_of_2(outputs), 16), 128),
+        "BLOCK_OUTPUTS": min(max(triton.next_power_of_2(outputs), 16), 256),
         "num_warps": 8 if outputs > 64 else 4,
+        "num_stages": 1,
     }
 
 
@@ -110,7 +112,7 @@ def launch(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     )
     pixels = count * height * width
     sizes = blocks(channels, outputs)
-    grid = triton.cdiv(pixels, BLOCK_PIXELS), triton.cdiv(outputs, sizes["BLOCK_OUTPUTS"])
+    grid = triton.cdiv(pixels, sizes["BLOCK_PIXELS"]), triton.cdiv(outputs, sizes["BLOCK_OUTPUTS"])
     project_kernel[grid](
         features,
         weight.contiguous(),
