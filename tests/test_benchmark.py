@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from conftest import SMALL_COMPACT
+from conftest import SMALL_COMPACT, assert_equal
 from dfpir import benchmark as module
 from dfpir.benchmark import Report, Row, run_benchmark
 from dfpir.cli import main
@@ -68,6 +68,59 @@ def test_where_memory_is_short_strips_in_single_precision_are_the_check(monkeypa
     plain, ours = tiny_run().rows
     assert plain.note == "does not fit into memory" and plain.seconds == []
     assert ours.checked == "float32" and ours.error <= 1e-5 and ours.seconds
+
+
+@pytest.mark.parametrize(
+    ("kind", "side", "place", "dtype"),
+    [
+        ("cpu", 2048, "cpu", torch.float64),
+        ("cuda", 512, "cpu", torch.float64),
+        ("cuda", 513, "cuda", torch.float32),
+        ("mps", 64, "mps", torch.float32),
+    ],
+)
+def test_the_check_is_in_double_precision_where_that_is_quick(
+    monkeypatch, kind, side, place, dtype
+):
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**40)
+    found = module.where_to_check(DFPIRConfig.paper(), (512, side), torch.device(kind))
+    assert found == (torch.device(place), dtype)
+
+
+def test_what_a_card_finds_is_checked_by_the_processor():
+    expected, dtype = module.expected_result(
+        SMALL_COMPACT, module.picture(16, 24), torch.device("cuda")
+    )
+    assert dtype == expected.dtype == torch.float64 and expected.device.type == "cpu"
+
+
+def test_channels_last_changes_the_layout_and_nothing_else(monkeypatch):
+    model, pixels = module.network(SMALL_COMPACT), module.picture(16, 24)
+    expected = module.work_of(model, "plain")(pixels)
+    seen = []
+    define = module.DFPIR.define
+
+    def look(self, pixels, degradation):
+        seen.append((self.output.weight, pixels))
+        return define(self, pixels, degradation)
+
+    monkeypatch.setattr(module.DFPIR, "define", look)
+    monkeypatch.setattr(module, "channels_last_is_faster", lambda device: True)
+    with torch.inference_mode():
+        assert_equal(module.work_of(model, "plain")(pixels), expected)
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in seen[0])
+    assert model.output.weight.is_contiguous()
+
+
+def test_cudnn_rounds_as_products_do_during_a_run(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        module, "run_case", lambda *_, **__: seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    usual = torch.backends.cudnn.allow_tf32
+    tiny_run()
+    assert seen == [torch.backends.cuda.matmul.allow_tf32]
+    assert torch.backends.cudnn.allow_tf32 == usual
 
 
 def test_operations_are_those_of_the_arithmetic():
