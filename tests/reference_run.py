@@ -45,7 +45,7 @@ def losses(steps, state_file):
             trainer = Trainer(
                 DFPIRConfig.compact(), SETTINGS, pictures, torch.device("cpu"), state_file
             )
-            return [trainer.train_step() for _ in range(steps)]
+            return [float(trainer.train_step()) for _ in range(steps)]
     finally:
         torch.set_num_threads(usual)
 

@@ -50,6 +50,14 @@ def test_half_precision_stays_near(tiny_model, dtype):
     assert distance(half, single) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("road", ["forward", "define"])
+def test_half_precision_adds_to_pixels_that_are_not_rounded(tiny_model, road):
+    half = tiny_model.bfloat16()
+    half.output.weight.zero_()
+    x = pixels(16, 16)
+    assert torch.equal(getattr(half, road)(x, Degradation.RAIN), x)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 2), (17, 9), (64, 8)])
 def test_any_size(tiny_model, size):
     restored = tiny_model(pixels(*size), Degradation.BLUR)

@@ -129,6 +129,47 @@ def test_noise_pairs_are_half_raw(sharp):
     assert 0.3 < float((sigmas == 25).float().mean()) * 3 / 0.5 * 0.5 < 0.8
 
 
+def test_nearest_noise_is_that_of_single_numbers():
+    sigmas = torch.linspace(3, 75, 500)
+    expected = [Degradation.nearest_noise(sigma).index for sigma in sigmas.tolist()]
+    assert synthesis.nearest_noise(sigmas).tolist() == expected
+    assert len(set(expected)) == 3
+
+
+def test_varied_photographs_have_other_colours_and_tones(sharp):
+    pixels = sharp[:1, :, :24, :24].expand(200, -1, -1, -1)
+    varied = synthesis.varied(pixels, [True] * 200, seeded(), blend=False)
+    assert varied.shape == pixels.shape and 0 <= float(varied.min()) <= float(varied.max()) <= 1
+    assert torch.equal(varied, synthesis.varied(pixels, [True] * 200, seeded(), blend=False))
+    same = (varied == pixels).flatten(1).all(dim=1)
+    assert 0.15 < float(same.float().mean()) < 0.45  # a half, and one in six orders is the same
+    # The gamma of each, from its median, and the colours as they are without it.
+    medians = varied.flatten(1).median(dim=1).values
+    gamma = medians.log() / pixels.flatten(1).median(dim=1).values.log()
+    assert float(gamma.min()) > 0.69 and float(gamma.max()) < 1.43
+    assert 0.35 < float((gamma - 1).abs().lt(1e-4).float().mean()) < 0.65
+    straight = varied ** (1 / gamma.reshape(-1, 1, 1, 1))
+    orders = {
+        tuple(torch.cdist(each.flatten(1), pixels[0].flatten(1)).argmin(dim=1).tolist())
+        for each in straight
+    }
+    assert len(orders) == 6 and all(len(set(order)) == 3 for order in orders)
+
+
+def test_micrographs_keep_their_colours(sharp):
+    pixels = sharp[:1, :, :24, :24].expand(60, -1, -1, -1)
+    assert torch.equal(synthesis.varied(pixels, [False] * 60, seeded(), blend=False), pixels)
+
+
+def test_a_third_are_blended_with_the_one_before():
+    pixels = torch.arange(300.0).remainder(2).reshape(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    blended = synthesis.varied(pixels, [False] * 300, seeded(), blend=True)
+    weight = (blended - pixels).abs()[:, 0, 0, 0]
+    changed = weight > 0
+    assert 0.23 < float(changed.float().mean()) < 0.43
+    assert float(weight[changed].min()) >= 0.3 and float(weight[changed].max()) <= 0.5
+
+
 def test_training_pairs_name_what_they_did(sharp):
     pixels = sharp[:1, :, :48, :48].expand(9, -1, -1, -1)
     kinds = [None, *Degradation, None]

@@ -12,6 +12,7 @@ from conftest import SMALL_COMPACT
 from dfpir import checkpoint, training
 from dfpir.degradation import Degradation
 from dfpir.files import write_image
+from dfpir.recorded_steps import RecordedSteps
 from dfpir.training import Pictures, Trainer, TrainingSettings
 
 SETTINGS = TrainingSettings(patches=24, batch=4, patch=32, warmup=8, seed=5)
@@ -48,7 +49,7 @@ def same(first, second):
 
 def test_runs_repeat(pictures, tmp_path):
     runs = [trainer(pictures, tmp_path) for _ in range(2)]
-    losses = [[run.train_step() for _ in range(3)] for run in runs]
+    losses = [[float(run.train_step()) for _ in range(3)] for run in runs]
     assert losses[0] == losses[1] and same(*runs)
     assert not same(runs[0], trainer(pictures, tmp_path, seed=6))
 
@@ -95,8 +96,9 @@ def test_shares_cover_everything():
     assert sum(training.SHARES.values()) == pytest.approx(1)
     generator = torch.Generator().manual_seed(0)
     pixels = dict.fromkeys(training.SHARES, 0)
-    for _ in range(2000):
-        kinds, wide = training.draw_kinds(8, generator)
+    for number in range(2000):
+        wide = training.is_wide(number)
+        kinds = training.draw_kinds(8, wide=wide, generator=generator)
         assert len(kinds) == (2 if wide else 8)
         for kind in kinds:
             assert wide == (kind in training.WIDE)
@@ -108,14 +110,88 @@ def test_shares_cover_everything():
 def test_wide_patches_have_twice_the_side(pictures):
     sides = set()
     for step in range(20):
-        inputs, targets, indices = training.draw_part(
-            pictures, SETTINGS, step, 0, torch.device("cpu")
-        )
-        wide = {list(Degradation)[index] for index in indices} <= set(training.WIDE)
-        assert inputs.shape == targets.shape
-        assert inputs.shape[-1] == SETTINGS.patch * (2 if wide else 1)
-        sides.add(inputs.shape[-1])
+        part = training.draw_part(pictures, SETTINGS, step, 0, torch.device("cpu"))
+        wide = {list(Degradation)[index] for index in part.indices} <= set(training.WIDE)
+        assert part.inputs.shape == part.targets.shape
+        assert part.inputs.shape[-1] == SETTINGS.patch * (2 if wide else 1)
+        assert part.weight * len(part.inputs) == pytest.approx(1)
+        sides.add(part.inputs.shape[-1])
     assert len(sides) == 2
+
+
+def test_parts_share_a_step(pictures, tmp_path):
+    run = trainer(pictures, tmp_path, batch=20, part=8)
+    assert training.parts_of(run.settings) == 3
+    assert [training.part_size(run.settings, part) for part in range(3)] == [8, 8, 4]
+    for step in range(4):
+        parts = run.draw(step)
+        sizes = [len(part.inputs) for part in parts]
+        full = [2 if part.inputs.shape[-1] == 64 else 8 for part in parts]
+        assert sizes[:2] == full[:2] and sizes[2] == full[2] // 2
+        assert sum(part.weight * len(part.inputs) for part in parts) == pytest.approx(1)
+
+
+def test_patches_are_varied_and_only_narrow_ones_blended(pictures, monkeypatch):
+    seen = []
+    varied = training.varied
+
+    def look(pixels, photographs, generator, *, blend):
+        seen.append((pixels.shape[-1], photographs, blend))
+        return varied(pixels, photographs, generator, blend=blend)
+
+    monkeypatch.setattr(training, "varied", look)
+    for step in range(20):
+        part = training.draw_part(pictures, SETTINGS, step, 0, torch.device("cpu"))
+        assert len(seen[-1][1]) == len(part.inputs)
+    assert {(side, blend) for side, _, blend in seen} == {(32, True), (64, False)}
+    assert {each for _, photographs, _ in seen for each in photographs} == {True, False}
+
+
+def test_recorded_steps_compute_what_eager_ones_do(pictures, tmp_path, monkeypatch):
+    """What a graphics card records, run here without a recording: within bfloat16."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(training, "fast_bfloat16", lambda: False)
+    eager, rounded = (trainer(pictures, tmp_path, batch=8, part=4) for _ in range(2))
+    steps = RecordedSteps(rounded)
+    for _ in range(4):
+        expected = float(eager.train_step())
+        rounded.set_learning_rate(training.learning_rate(rounded.settings, rounded.seen))
+        found = float(steps.compute(rounded.draw(rounded.step)))
+        rounded.step += 1
+        assert found == pytest.approx(expected, rel=0.02)
+    start = trainer(pictures, tmp_path).model.parameters()
+    moved, apart = 0.0, 0.0
+    for first, one, other in zip(
+        start, eager.model.parameters(), rounded.model.parameters(), strict=True
+    ):
+        assert other.dtype == torch.float32
+        moved += float((one - first).detach().square().sum())
+        apart += float((one - other).detach().square().sum())
+    assert 0 < apart < 0.1 * moved
+
+
+def test_the_best_average_is_kept(pictures, tmp_path, monkeypatch):
+    averages = {}
+    scores = iter([20.0, 22.0, 21.0, 22.0, 23.0])
+
+    def validate(model, pictures, device):
+        score = next(scores)
+        averages[score] = model.output.weight.detach().clone()
+        return {"rain": score, "haze": score + 2}
+
+    def best():
+        kept = checkpoint.load(tmp_path / "run.best.safetensors").output.weight.detach()
+        return min(averages, key=lambda score: float((averages[score] - kept).abs().max()))
+
+    monkeypatch.setattr(training, "validate", validate)
+    run = trainer(pictures, tmp_path, patches=12)
+    run.run(every=4)
+    assert run.best == {"patches": 8, "psnr": 23.0} and best() == 22
+    resumed = trainer(pictures, tmp_path, patches=20)
+    resumed.resume()
+    assert resumed.best == run.best
+    resumed.run(every=4)
+    assert resumed.best == {"patches": 20, "psnr": 24.0} and best() == 23
 
 
 def test_balance_weighs_small_errors_more_and_each_on_its_own():
@@ -131,7 +207,7 @@ def test_side_by_side_is_one_after_the_other(pictures, tmp_path, monkeypatch, wo
         run = trainer(pictures, tmp_path, batch=20)
         assert len(run.replicas) == min(threads, 3)
         with run.threads() as pool:
-            losses = [run.train_step(pool) for _ in range(3)]
+            losses = [float(run.train_step(pool)) for _ in range(3)]
         return losses, run
 
     alone, single = three_steps(1)
@@ -168,8 +244,9 @@ def test_the_whole_command(tmp_path, monkeypatch, pictures):
     output = tmp_path / "new" / "weights.safetensors"
     facts = training.train(tmp_path, output, patches=8, batch=4, patch=32, device="cpu")
     assert facts["patches"] == 8 and set(facts["validation"]) >= {"rain", "noise-25, micrographs"}
-    loaded = checkpoint.load(output)
-    assert loaded.config == SMALL_COMPACT
+    assert facts["best"]["patches"] == 8
+    for path in (output, output.with_name("weights.best.safetensors")):
+        assert checkpoint.load(path).config == SMALL_COMPACT
     log = json.loads(output.with_suffix(".json").read_text())
     assert log["files"] == pictures.names and log["log"][-1]["patches"] == 8
     assert output.with_suffix(".png").stat().st_size > 1000

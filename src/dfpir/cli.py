@@ -207,6 +207,7 @@ def add_train(commands: Commands) -> None:
     parser.add_argument("--preset", choices=["compact", "paper"], default="compact")
     parser.add_argument("--patches", type=int, metavar="N", help="patches to see in all")
     parser.add_argument("--batch", type=int, metavar="N", help="patches per step")
+    parser.add_argument("--part", type=int, metavar="N", help="patches computed together")
     parser.add_argument("--patch", type=int, metavar="N", help="side of a patch in pixels")
     parser.add_argument("--learning-rate", type=float, metavar="X")
     parser.add_argument("--seed", type=int, metavar="N")
@@ -572,7 +573,7 @@ def run_train(options: argparse.Namespace) -> int:
     else:
         from dfpir.training import train
 
-        names = ("patches", "batch", "patch", "learning_rate", "seed")
+        names = ("patches", "batch", "part", "patch", "learning_rate", "seed")
         chosen = {name: getattr(options, name) for name in names}
         facts = train(
             options.data,

@@ -815,7 +815,10 @@ class DFPIR(nn.Module):
     def _walk(self, pixels: Tensor, way: _Definition | _Passes) -> Tensor:
         """Go down and up the U, whoever computes its parts."""
         stem = self.config.stem
-        features = way.arrange(F.pixel_unshuffle(pixels, stem) if stem > 1 else pixels)
+        # The correction is added to pixels as they were given, not rounded to a half precision of
+        # the weights.
+        rounded = pixels.to(self.embed.weight.dtype)
+        features = way.arrange(F.pixel_unshuffle(rounded, stem) if stem > 1 else rounded)
         features = way.convolve(self.embed, features)
         skips = []
         for level, down in zip(self.encoder, self.down, strict=True):

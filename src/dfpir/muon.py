@@ -57,13 +57,14 @@ class Muon(torch.optim.Optimizer):
     ----------
     parameters : iterable of Tensor
         Matrices, or weights of convolutions, which are flattened to (outputs, inputs).
-    lr, momentum, weight_decay : float
+    lr : float or Tensor, ()
+    momentum, weight_decay : float
     """
 
     def __init__(
         self,
         parameters: Iterable[Tensor],
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
     ) -> None:
@@ -84,7 +85,7 @@ class Muon(torch.optim.Optimizer):
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.reshape(parameter.shape), alpha=-rate)
+                    parameter.sub_(update.reshape(parameter.shape) * rate)
 
     def direction(self, parameter: Tensor, momentum: float) -> Tensor:
         """Return the momentum after this gradient, looking a step ahead, as a matrix."""

@@ -2,12 +2,14 @@
 
 Every function takes sharp pixels (N, 3, H, W) with values 0..1 in sRGB and returns degraded ones
 of the same shape, 8-bit quantised and clipped as a picture file would be. Every image of a batch
-gets parameters of its own. Random numbers are drawn on the CPU from the `torch.Generator` given,
-so that the same seed yields the same pictures whatever the device.
+gets parameters of its own. Random numbers are drawn by the `torch.Generator` given, on its device:
+one of the CPU yields the same pictures wherever the pixels are, one of the pixels' own device keeps
+a training there from waiting.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -23,9 +25,14 @@ LEVELS = 255.0
 """Grey levels of an 8-bit picture."""
 
 
+def rand(*shape: int, generator: Generator) -> Tensor:
+    """Draw values from 0..1 on the generator's device."""
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
 def uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
     """Draw `count` values from low..high, shaped (count, 1, 1, 1) to act on a batch."""
-    return low + (high - low) * torch.rand(count, 1, 1, 1, generator=generator)
+    return low + (high - low) * rand(count, 1, 1, 1, generator=generator)
 
 
 def log_uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
@@ -43,7 +50,8 @@ def given_or(value: float | None, drawn: Tensor) -> Tensor:
 
 def normal_like(pixels: Tensor, generator: Generator) -> Tensor:
     """Draw standard normal values of the shape of `pixels`, on its device."""
-    return torch.randn(pixels.shape, generator=generator).to(pixels.device)
+    drawn = torch.randn(pixels.shape, generator=generator, device=generator.device)
+    return drawn.to(pixels.device)
 
 
 def quantised(pixels: Tensor) -> Tensor:
@@ -74,7 +82,7 @@ def line_kernels(length: Tensor, width: Tensor, angle: Tensor, size: int) -> Ten
     `length` and `width` (standard deviation across) are in pixels, `angle` in radians from the
     vertical; all are shaped (N, 1, 1, 1).
     """
-    steps = torch.arange(size) - size // 2
+    steps = torch.arange(size, device=angle.device) - size // 2
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
     angle, length, width = (value[:, 0] for value in (angle, length, width))
     along = rows * angle.cos() + columns * angle.sin()
@@ -91,13 +99,13 @@ def rain(pixels: Tensor, generator: Generator, density: float | None = None) -> 
     count, _, height, width = pixels.shape
     size = 49
     direction = uniform(count, -0.6, 0.6, generator)
-    streaks = torch.zeros(count, 1, height, width)
+    streaks = torch.zeros(count, 1, height, width, device=generator.device)
     for layer in range(3):
-        present = torch.rand(count, 1, 1, 1, generator=generator) < (1.0, 0.7, 0.4)[layer]
+        present = rand(count, 1, 1, 1, generator=generator) < (1.0, 0.7, 0.4)[layer]
         frequency = given_or(density, log_uniform(count, 3e-4, 6e-3, generator))
         shape = (count, 1, height + size - 1, width + size - 1)
-        drops = torch.rand(shape, generator=generator)
-        brightness = 0.3 + 0.7 * torch.rand(shape, generator=generator)
+        drops = rand(*shape, generator=generator)
+        brightness = 0.3 + 0.7 * rand(*shape, generator=generator)
         drops = (drops < frequency) * brightness
         kernels = line_kernels(
             log_uniform(count, 8, 44, generator),
@@ -119,7 +127,7 @@ def rain(pixels: Tensor, generator: Generator, density: float | None = None) -> 
 
 def smooth_field(count: int, height: int, width: int, cells: int, generator: Generator) -> Tensor:
     """Return (N, 1, H, W) smooth random fields with values about 0..1, `cells` bumps across."""
-    coarse = torch.rand(count, 1, cells, cells, generator=generator)
+    coarse = rand(count, 1, cells, cells, generator=generator)
     return F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
 
 
@@ -132,16 +140,18 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
     cut into bands, has its edges on edges of the picture.
     """
     count, _, height, width = pixels.shape
-    rows = torch.linspace(-1, 1, height)[:, None] - uniform(count, -0.6, 0.6, generator)
-    columns = torch.linspace(-1, 1, width)[None, :] - uniform(count, -0.6, 0.6, generator)
-    nearness = torch.ones(count, 1, height, width)
+    device = generator.device
+    rows, columns = (torch.linspace(-1, 1, side, device=device) for side in (height, width))
+    rows = rows[:, None] - uniform(count, -0.6, 0.6, generator)
+    columns = columns[None, :] - uniform(count, -0.6, 0.6, generator)
+    nearness = torch.ones(count, 1, height, width, device=device)
     for distance, likely in ((rows, 0.8), (-rows, 0.4), (columns, 0.4), (-columns, 0.4)):
-        present = torch.rand(count, 1, 1, 1, generator=generator) < likely
+        present = rand(count, 1, 1, 1, generator=generator) < likely
         steepness = log_uniform(count, 0.7, 6, generator) * present
         nearness = torch.maximum(nearness, steepness * distance)
     relief = smooth_field(count, height, width, 4, generator)
-    mixture = torch.rand(count, 3, 1, 1, generator=generator) - 0.3
-    blurred = gaussian_blur2d(pixels.cpu(), (9, 9), (2.0, 2.0))
+    mixture = rand(count, 3, 1, 1, generator=generator) - 0.3
+    blurred = gaussian_blur2d(pixels.to(device), (9, 9), (2.0, 2.0))
     objects = (blurred * mixture).sum(dim=1, keepdim=True)
     objects = (objects - objects.amin((2, 3), True)) / (
         objects.amax((2, 3), True) - objects.amin((2, 3), True) + 1e-3
@@ -165,7 +175,7 @@ def haze(pixels: Tensor, generator: Generator, beta: float | None = None) -> Ten
     count = len(pixels)
     thickness = given_or(beta, log_uniform(count, 0.7, 5.0, generator))
     light = uniform(count, 0.65, 1.0, generator)
-    tint = 1 + 0.06 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
+    tint = 1 + 0.06 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
     thickness, light = (value.to(pixels.device) for value in (thickness, light * tint))
     transmission = torch.exp(-thickness * scene_depth(pixels, generator))
     return quantised(pixels * transmission + light * (1 - transmission))
@@ -178,8 +188,9 @@ def shake_kernels(count: int, extent: Tensor, size: int, generator: Generator) -
     """
     moments = 48
     inertia = 1 - 10 ** -uniform(count, 0.5, 2.5, generator)[:, 0]  # (N, 1, 1)
-    push = torch.randn(count, moments, 2, generator=generator)
-    velocity = [torch.randn(count, 1, 2, generator=generator) * 3]
+    device = generator.device
+    push = torch.randn(count, moments, 2, generator=generator, device=device)
+    velocity = [torch.randn(count, 1, 2, generator=generator, device=device) * 3]
     for moment in range(1, moments):
         velocity.append(
             inertia * velocity[-1] + (1 - inertia) ** 0.5 * push[:, moment : moment + 1]
@@ -188,7 +199,7 @@ def shake_kernels(count: int, extent: Tensor, size: int, generator: Generator) -
     path = path - path.mean(dim=1, keepdim=True)
     reach = path.norm(dim=2).amax(dim=1)[:, None, None].clamp(min=1e-6)
     path = path / reach * (extent[:, 0] / 2)
-    steps = torch.arange(size) - size // 2
+    steps = torch.arange(size, device=device) - size // 2
     near_rows = torch.exp(-0.5 * ((steps - path[..., :1]) / 0.5) ** 2)  # (N, moments, size)
     near_columns = torch.exp(-0.5 * ((steps - path[..., 1:]) / 0.5) ** 2)
     kernels = near_rows.transpose(1, 2) @ near_columns
@@ -209,7 +220,7 @@ def motion_blur(pixels: Tensor, generator: Generator, length: float | None = Non
         extent = given_or(length, uniform(count, 2, 24, generator))
         kernels = shake_kernels(count, extent, 31, generator).to(pixels.device)
         moved.append(filter2d(light, kernels, border_type=border))
-    several = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+    several = rand(count, 1, 1, 1, generator=generator) < 0.5
     region = torch.sigmoid(20 * (smooth_field(count, height, width, 3, generator) - 0.5)) * several
     blurred = torch.lerp(moved[0], moved[1], region.to(pixels.device))
     sigma = uniform(count, -1.0, 2.0, generator).clamp(min=0)
@@ -231,10 +242,10 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     foot = log_uniform(count, 3e-5, 3e-3, generator)
     contrast = log_uniform(count, 0.7, 1.8, generator)
     light = given_or(exposure, log_uniform(count, 0.004, 0.2, generator)) ** (1 / contrast)
-    balance = 1 + 0.4 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
-    black = 0.001 * (torch.rand(count, 3, 1, 1, generator=generator) - 0.5)
-    noisy = (torch.rand(count, 1, 1, 1, generator=generator) < 0.8).float()
-    smeared = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+    balance = 1 + 0.4 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
+    black = 0.001 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
+    noisy = (rand(count, 1, 1, 1, generator=generator) < 0.8).float()
+    smeared = rand(count, 1, 1, 1, generator=generator) < 0.5
     shot = noisy * log_uniform(count, 1e-6, 4e-4, generator)
     read = noisy * log_uniform(count, 1e-4, 2e-3, generator)
     gain, black, smeared, shot, read, power, foot, contrast = (
@@ -289,7 +300,6 @@ def degrade(
     degradation : Degradation
         Noise has exactly the standard deviation of its name.
     generator : torch.Generator
-        Of the CPU.
     severity : float, optional
         Sigma of the noise, density of the rain, beta of the haze, length of the blur or exposure,
         for all images; without it that too is drawn.
@@ -315,19 +325,69 @@ def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, T
     seen it differ between them.
     """
     count = len(pixels)
-    turned = (torch.rand(count, 1, 1, 1, generator=generator) < 1 / 6).to(pixels.device)
+    turned = (rand(count, 1, 1, 1, generator=generator) < 1 / 6).to(pixels.device)
     pixels = torch.where(turned, pixels.mean(dim=1, keepdim=True), pixels)
-    prompts = torch.tensor([15.0, 25.0, 50.0])
-    exact = prompts[torch.randint(3, (count,), generator=generator)].reshape(-1, 1, 1, 1)
+    device = generator.device
+    prompts = torch.tensor([15.0, 25.0, 50.0], device=device)
+    drawn = torch.randint(3, (count,), generator=generator, device=device)
+    exact = prompts[drawn].reshape(-1, 1, 1, 1)
     spread = log_uniform(count, 3, 75, generator)
-    sigma = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, exact, spread)
-    raw = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-    gain = torch.where(raw, uniform(count, 0.3, 1.0, generator), torch.ones(()))
-    pedestal = torch.where(raw, uniform(count, 0.0, 0.3, generator), torch.zeros(()))
+    sigma = torch.where(rand(count, 1, 1, 1, generator=generator) < 0.5, exact, spread)
+    raw = rand(count, 1, 1, 1, generator=generator) < 0.5
+    gain = torch.where(raw, uniform(count, 0.3, 1.0, generator), 1.0)
+    pedestal = torch.where(raw, uniform(count, 0.0, 0.3, generator), 0.0)
     raw, gain, pedestal = (value.to(pixels.device) for value in (raw, gain, pedestal))
     targets = pixels * gain + pedestal
     noisy = gaussian_noise(targets, sigma, generator)
     return torch.where(raw, noisy, quantised(noisy)), targets, sigma.flatten()
+
+
+def nearest_noise(sigmas: Tensor) -> Tensor:
+    """Return the index of the prompt that `Degradation.nearest_noise` gives for each sigma (N,)."""
+    prompts = [(kind.index, kind.sigma) for kind in Degradation if kind.sigma is not None]
+    borders = [(low * high) ** 0.5 for (_, low), (_, high) in itertools.pairwise(prompts)]
+    place = torch.bucketize(sigmas, torch.tensor(borders, device=sigmas.device), right=True)
+    return torch.tensor([index for index, _ in prompts], device=sigmas.device)[place]
+
+
+def varied(
+    pixels: Tensor, photographs: Sequence[bool], generator: Generator, *, blend: bool
+) -> Tensor:
+    """Vary sharp pictures, so that none of them can be learnt by heart.
+
+    Without it, 1.4 million patches of 416 pictures lowered the training error by 28 %, while
+    validation pictures with noise of 15 lost 2.4 dB. Half of the photographs get their channels in
+    another order and half a gamma of 0.7 to 1.4; what fluoresces or is stained keeps its colours.
+
+    Parameters
+    ----------
+    pixels : Tensor, (N, 3, H, W), values 0..1
+    photographs : sequence of bool
+        Which of the images are photographs.
+    generator : torch.Generator
+    blend : bool
+        Whether a third of the images are seen through the one before, with a weight of up to a
+        half: not where a degradation is judged from the scene.
+
+    Returns
+    -------
+    Tensor, (N, 3, H, W)
+    """
+    count, device = len(pixels), generator.device
+    natural = torch.tensor(photographs, device=device).reshape(-1, 1, 1, 1)
+    order = rand(count, 3, generator=generator).argsort(dim=1)
+    swapped = natural & (rand(count, 1, 1, 1, generator=generator) < 0.5)
+    gamma = uniform(count, -0.35, 0.35, generator).exp()
+    bent = natural & (rand(count, 1, 1, 1, generator=generator) < 0.5)
+    weight = uniform(count, 0.3, 0.5, generator)
+    weight = weight * (rand(count, 1, 1, 1, generator=generator) < 1 / 3)
+    gamma = torch.where(bent, gamma, 1.0)
+    order, swapped, gamma, weight = (
+        value.to(pixels.device) for value in (order, swapped, gamma, weight)
+    )
+    images = torch.arange(count, device=pixels.device)[:, None]
+    pixels = torch.where(swapped, pixels[images, order], pixels) ** gamma
+    return torch.lerp(pixels, pixels.roll(1, dims=0), weight) if blend else pixels
 
 
 def training_pairs(
@@ -351,20 +411,22 @@ def training_pairs(
         Standard deviation of added noise in grey levels, 0 where the kind is not noise.
     """
     inputs, targets = pixels.clone(), pixels.clone()
-    indices = torch.zeros(len(pixels), dtype=torch.int64)
-    sigmas = torch.zeros(len(pixels))
+    device = generator.device
+    indices = torch.zeros(len(pixels), dtype=torch.int64, device=device)
+    sigmas = torch.zeros(len(pixels), device=device)
     for kind in [None, *Degradation]:
-        chosen = torch.tensor([i for i, each in enumerate(kinds) if each is kind])
-        if not len(chosen):
+        places = [i for i, each in enumerate(kinds) if each is kind]
+        if not places:
             continue
+        chosen = torch.tensor(places, device=pixels.device)
         if kind is None:
-            inputs[chosen], targets[chosen], sigmas[chosen] = noise_pairs(pixels[chosen], generator)
-            prompts = [Degradation.nearest_noise(float(sigma)) for sigma in sigmas[chosen]]
-            indices[chosen] = torch.tensor([prompt.index for prompt in prompts])
+            inputs[chosen], targets[chosen], strengths = noise_pairs(pixels[chosen], generator)
+            sigmas[chosen.to(device)] = strengths
+            indices[chosen.to(device)] = nearest_noise(strengths)
         else:
             if kind is Degradation.LOW_LIGHT:
                 targets[chosen] = well_exposed(pixels[chosen])
             inputs[chosen] = degrade(targets[chosen], kind, generator)
-            indices[chosen] = kind.index
-            sigmas[chosen] = kind.sigma or 0.0
+            indices[chosen.to(device)] = kind.index
+            sigmas[chosen.to(device)] = kind.sigma or 0.0
     return inputs, targets, indices.to(pixels.device), sigmas

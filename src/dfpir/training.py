@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +34,9 @@ from dfpir.degradation import Degradation
 from dfpir.files import find_images, read_image
 from dfpir.model import DFPIR, PERTURBED, DFPIRConfig
 from dfpir.muon import Muon, is_matrix
+from dfpir.recorded_steps import RecordedSteps
 from dfpir.restorer import choose_device
-from dfpir.synthesis import training_pairs
+from dfpir.synthesis import training_pairs, varied
 from dfpir.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -46,16 +47,13 @@ MICROGRAPHS = "micrographs"
 """Pictures in a folder of this name are fluorescence or stained tissue, not photographs."""
 
 SHARES: dict[Degradation | None, float] = {
-    None: 0.40,  # noise of any strength
-    Degradation.RAIN: 0.09,
-    Degradation.HAZE: 0.17,
-    Degradation.BLUR: 0.08,
-    Degradation.LOW_LIGHT: 0.26,
+    None: 0.36,  # noise of any strength
+    Degradation.RAIN: 0.14,
+    Degradation.HAZE: 0.16,
+    Degradation.BLUR: 0.13,
+    Degradation.LOW_LIGHT: 0.21,
 }
 """Fraction of the pixels that each degradation gets."""
-
-PART = 8
-"""Patches that are drawn together, from random numbers of their own; a batch is one or more."""
 
 GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
 """Degradations judged from the whole scene: their patches are also cut from smaller copies."""
@@ -76,9 +74,11 @@ class TrainingSettings:
     ----------
     patches : int
         Patches seen by the end; the learning rate falls along a cosine over them.
-    batch, patch : int
-        Patches per step, and their side in pixels. Four patches count as one of twice the side
-        (see `WIDE`).
+    batch, part, patch : int
+        Patches per step; how many of them are drawn and go through the network together, from
+        random numbers of their own; and their side in pixels. Four patches count as one of twice
+        the side (see `WIDE`). A processor's core is busy with a part of 8, a graphics card wants
+        100,000 pixels and more.
     learning_rate : float
         Of Muon for matrices and AdamW for the rest, at its highest.
     warmup : int
@@ -91,6 +91,7 @@ class TrainingSettings:
 
     patches: int = 112_000
     batch: int = 16
+    part: int = 8
     patch: int = 64
     learning_rate: float = 1e-3
     warmup: int = 4_000
@@ -193,23 +194,35 @@ def cut(
     return torch.from_numpy(patch.copy()).permute(2, 0, 1)
 
 
-def draw_kinds(count: int, generator: Generator) -> tuple[list[Degradation | None], bool]:
-    """Choose by `SHARES` what each patch of a part suffers, and whether they are `WIDE` ones.
+def is_wide(number: int) -> bool:
+    """Say whether a part, counted from the start of the run, is of `WIDE` degradations.
 
-    The shares are of pixels: a part has `count` patches, or a quarter of that if they are wide.
+    They take turns with the others, as often as their shares want it.
     """
-    wide = sum(SHARES[kind] for kind in WIDE)
-    chosen = float(torch.rand((), generator=generator)) < wide
-    kinds = [kind for kind in SHARES if (kind in WIDE) == chosen]
+    share = sum(SHARES[kind] for kind in WIDE)
+    return math.floor((number + 1) * share) > math.floor(number * share)
+
+
+def draw_kinds(count: int, *, wide: bool, generator: Generator) -> list[Degradation | None]:
+    """Choose by `SHARES` what each patch of a part suffers: `count`, or a quarter if `wide`.
+
+    The shares are of pixels.
+    """
+    kinds = [kind for kind in SHARES if (kind in WIDE) == wide]
     shares = torch.tensor([SHARES[kind] for kind in kinds])
-    count = max(1, count // 4) if chosen else count
+    count = max(1, count // 4) if wide else count
     drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
-    return [kinds[i] for i in drawn.tolist()], chosen
+    return [kinds[i] for i in drawn.tolist()]
+
+
+def parts_of(settings: TrainingSettings) -> int:
+    """Return in how many parts a step goes through the network."""
+    return math.ceil(settings.batch / settings.part)
 
 
 def part_size(settings: TrainingSettings, part: int) -> int:
     """Return how many patches of a step are in one of its parts; the last one may have fewer."""
-    return min(PART, settings.batch - part * PART)
+    return min(settings.part, settings.batch - part * settings.part)
 
 
 def part_generator(seed: int, step: int, part: int) -> Generator:
@@ -217,25 +230,45 @@ def part_generator(seed: int, step: int, part: int) -> Generator:
     return Generator().manual_seed((seed << 40) + (step << 8) + part)
 
 
+class Part(NamedTuple):
+    """Examples that go through the network together.
+
+    `inputs` and `targets` are (N, 3, H, W), `indices` (N,) name the degradations; `weight` is the
+    fraction of the step that each of them counts for.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    indices: Tensor
+    weight: float
+
+
 def draw_part(
     pictures: Pictures, settings: TrainingSettings, step: int, part: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inputs, targets and degradation indices of one part of a step, on `device`."""
+) -> Part:
+    """Return one part of a step, on `device`.
+
+    Patches are cut on the CPU, varied and degraded on the device, by random numbers drawn there. A
+    part counts by its pixels, whether its patches are many or wide.
+    """
     generator = part_generator(settings.seed, step, part)
-    kinds, wide = draw_kinds(part_size(settings, part), generator)
-    patches = []
+    wide = is_wide(step * parts_of(settings) + part)
+    kinds = draw_kinds(part_size(settings, part), wide=wide, generator=generator)
+    patches, photographs = [], []
     for kind in kinds:
         # Micrographs have no rain, haze or darkness to learn from.
         share = {None: 0.2, Degradation.BLUR: 0.1}.get(kind, 0.0) * bool(pictures.micrographs)
-        pool = (
-            pictures.micrographs
-            if float(torch.rand((), generator=generator)) < share
-            else pictures.photographs
-        )
+        photographs.append(float(torch.rand((), generator=generator)) >= share)
+        pool = pictures.photographs if photographs[-1] else pictures.micrographs
         copies = pool[int(torch.randint(len(pool), (), generator=generator))]
         patches.append(cut(copies, kind, settings.patch * (2 if wide else 1), generator))
+    seed = int(torch.randint(2**62, (), generator=generator))
+    degrading = Generator(device).manual_seed(seed)
     pixels = torch.stack(patches).to(device).float() / 255
-    return training_pairs(pixels, kinds, generator)[:3]
+    pixels = varied(pixels, photographs, degrading, blend=not wide)
+    inputs, targets, indices, _ = training_pairs(pixels, kinds, degrading)
+    share = part_size(settings, part) / settings.batch
+    return Part(inputs, targets, indices, share / len(inputs))
 
 
 def learning_rate(settings: TrainingSettings, seen: int) -> float:
@@ -255,6 +288,11 @@ def new_model(config: DFPIRConfig, seed: int) -> DFPIR:
         for row in model.perturbation(place).perturbation.permutations:
             row.copy_(torch.randperm(len(row), generator=generator))
     return model
+
+
+def mean_of(values: Sequence[Tensor]) -> float:
+    """Return the mean of tensors of one number each."""
+    return float(torch.stack(list(values)).mean())
 
 
 def psnr(first: Tensor, second: Tensor) -> float:
@@ -343,7 +381,8 @@ class Trainer:
     pictures : Pictures
     device : torch.device
     state_file : Path
-        Written atomically every few minutes; `resume` continues from it.
+        Written atomically every few minutes; `resume` continues from it. Beside it lies
+        ``<name>.best.safetensors``, the average that did best in validation.
     """
 
     def __init__(
@@ -360,18 +399,28 @@ class Trainer:
         self.average = new_model(config, settings.seed).to(device).requires_grad_(False)
         matrices = [value for value in self.model.parameters() if is_matrix(value)]
         others = [value for value in self.model.parameters() if not is_matrix(value)]
-        rate = settings.learning_rate
+        # In a tensor each, which a recorded step reads anew.
+        rates = [torch.tensor(settings.learning_rate, device=device) for _ in range(2)]
         self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=rate, weight_decay=settings.weight_decay),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+            Muon(matrices, lr=rates[0], weight_decay=settings.weight_decay),
+            torch.optim.AdamW(
+                others,
+                lr=rates[1],
+                betas=(0.9, 0.99),
+                weight_decay=0.0,
+                fused=True,
+                capturable=device.type == "cuda",
+            ),
         ]
-        parts = math.ceil(settings.batch / PART)
+        parts = parts_of(settings)
         workers = min(torch.get_num_threads(), parts) if device.type == "cpu" else 1
         self.replicas = [self.model, *(sharing(self.model) for _ in range(workers - 1))]
         self.shares = [range(parts)[worker::workers] for worker in range(workers)]
+        self.recorded: RecordedSteps | None = None
         self.step = 0
         self.seconds = 0.0
         self.log: list[dict[str, Any]] = []
+        self.best: dict[str, float] | None = None
 
     def described(self) -> dict[str, dict[str, object]]:
         """Return settings and configuration as plain values."""
@@ -394,6 +443,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "log": self.log,
+            "best": self.best,
             **self.described(),
         }
         torch.save(state, partial)
@@ -422,6 +472,7 @@ class Trainer:
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
+        self.best = state["best"]
 
     def start_from(self, model: DFPIR) -> None:
         """Begin with the weights and channel orders of `model`.
@@ -437,48 +488,68 @@ class Trainer:
         self.model.load_state_dict(model.state_dict())
         self.average.load_state_dict(model.state_dict())
 
-    def learn(self, model: DFPIR, parts: Sequence[int]) -> float:
-        """Add the gradient of some parts of a step to that of `model`; return their error.
+    def keep_best(self, scores: dict[str, float]) -> None:
+        """Write the average to its file if the mean of its scores is the highest so far.
 
-        Parts with patches of one size go through the network together. A part counts by its
-        pixels, whether its patches are many or wide.
+        A long run may learn its pictures by heart: the last average need not be the best one.
         """
-        half = {"cpu": fast_bfloat16(), "cuda": True}.get(self.device.type, False)
-        groups: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
-        for part in parts:
-            drawn = draw_part(self.pictures, self.settings, self.step, part, self.device)
-            share = part_size(self.settings, part) / self.settings.batch
-            weights = torch.full_like(drawn[2], share / len(drawn[2]), dtype=torch.float32)
-            groups.setdefault(drawn[0].shape[-1], []).append((*drawn, weights))
-        mean = 0.0
-        for group in groups.values():
-            inputs, targets, indices, weights = map(torch.cat, zip(*group, strict=True))
+        mean = round(sum(scores.values()) / len(scores), 3)
+        if self.best is None or mean > self.best["psnr"]:
+            self.best = {"patches": self.seen, "psnr": mean}
+            path = self.state_file.with_suffix(".best.safetensors")
+            checkpoint.save(self.average, path, dtype=torch.float16)
+
+    def draw(self, step: int) -> list[Part]:
+        """Return all parts of a step."""
+        parts = range(parts_of(self.settings))
+        return [draw_part(self.pictures, self.settings, step, part, self.device) for part in parts]
+
+    def learn(self, model: DFPIR, parts: Sequence[int]) -> Tensor:
+        """Add the gradient of some parts of this step to that of `model`; return their error."""
+        half = self.device.type == "cpu" and fast_bfloat16()
+        error = torch.zeros((), device=self.device)
+        for number in parts:
+            part = draw_part(self.pictures, self.settings, self.step, number, self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                restored = model(inputs, indices)
-            errors: Tensor = (restored.float() - targets).abs().mean(dim=(1, 2, 3))
-            (weights * errors * balance(errors)).sum().backward()  # type: ignore[no-untyped-call]
-            mean += float((weights * errors.detach()).sum())
-        return mean
+                restored = model(part.inputs, part.indices)
+            error += self.backward(restored, part)
+        return error
 
-    def train_step(self, pool: ThreadPoolExecutor | None = None) -> float:
-        """Take one step and return its loss, the mean absolute error.
+    def backward(self, restored: Tensor, part: Part) -> Tensor:
+        """Add the gradient of a part; return its share of the mean absolute error, ()."""
+        errors = (restored.float() - part.targets).abs().mean(dim=(1, 2, 3))
+        (part.weight * errors * balance(errors)).sum().backward()  # type: ignore[no-untyped-call]
+        return part.weight * errors.detach().sum()
 
-        With a pool of threads the replicas work side by side.
-        """
+    def set_learning_rate(self, rate: float) -> None:
+        """Let the optimisers' next steps be of this size."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self.settings, self.seen)
+                group["lr"].fill_(rate)
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients, in place where there are any."""
         for model in self.replicas:
-            model.zero_grad(set_to_none=True)
-        work = map if pool is None else pool.map
-        mean = sum(work(self.learn, self.replicas, self.shares))
-        for model in self.replicas[1:]:
-            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-                assert mine.grad is not None and theirs.grad is not None
-                mine.grad += theirs.grad
+            model.zero_grad(set_to_none=False)
+
+    def update(self) -> None:
+        """Clip the gradients and let the optimisers step."""
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
+
+    def train_step(self, pool: ThreadPoolExecutor | None = None) -> Tensor:
+        """Take one step and return its loss (), the mean absolute error.
+
+        With a pool of threads the replicas work side by side. On a graphics card nothing waits
+        for the result but whoever reads it.
+        """
+        self.set_learning_rate(learning_rate(self.settings, self.seen))
+        if self.device.type == "cuda":
+            self.recorded = self.recorded or RecordedSteps(self)
+            error = self.recorded.take()
+        else:
+            error = self.share_step(pool)
         # A short memory at first, so that the random start is soon forgotten.
         decay = min(self.settings.average, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
@@ -486,7 +557,19 @@ class Trainer:
             current: list[Tensor] = list(self.model.parameters())
             torch._foreach_lerp_(averaged, current, 1 - decay)
         self.step += 1
-        return mean
+        return error
+
+    def share_step(self, pool: ThreadPoolExecutor | None) -> Tensor:
+        """Compute a step by the replicas, each on its own parts; return the mean error, ()."""
+        self.zero_gradients()
+        work = map if pool is None else pool.map
+        error = torch.stack(list(work(self.learn, self.replicas, self.shares))).sum()
+        for model in self.replicas[1:]:
+            for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+                assert mine.grad is not None and theirs.grad is not None
+                mine.grad += theirs.grad
+        self.update()
+        return error
 
     def threads(self) -> ThreadPoolExecutor:
         """Return one thread for each replica, none of which starts further ones."""
@@ -496,7 +579,7 @@ class Trainer:
 
     def run(self, *, every: int = 10_000, save_seconds: float = 180.0) -> None:
         """Train to the end of the settings' patches, validating after each `every` patches."""
-        losses: list[float] = []
+        losses: list[Tensor] = []
         started = saved = time.monotonic()
         before = self.seconds
         with (
@@ -508,15 +591,17 @@ class Trainer:
                     losses.append(self.train_step(pool))
                     self.seconds = before + time.monotonic() - started
                     bar.update(self.settings.batch)
-                    bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")
+                    if self.step % 20 == 0:  # reading a loss waits for it
+                        bar.set_postfix(loss=f"{mean_of(losses[-20:]):.4f}")
                     done = self.seen >= self.settings.patches
                     if done or self.seen // every > (self.seen - self.settings.batch) // every:
                         scores = validate(self.average, self.pictures, self.device)
+                        self.keep_best(scores)
                         self.log.append(
                             {
                                 "patches": self.seen,
                                 "seconds": round(self.seconds, 1),
-                                "loss": round(float(np.mean(losses)), 5),
+                                "loss": round(mean_of(losses), 5),
                                 "psnr": scores,
                             }
                         )
@@ -560,8 +645,9 @@ def train(
 ) -> dict[str, object]:
     """Train a network and write its averaged weights in half precision.
 
-    Beside `output` appear ``.state`` (everything that `resume` needs), ``.json`` (the log) and
-    ``.png`` (a plot of it), the last where matplotlib is installed.
+    Beside `output`, which has the last average, appear ``.best.safetensors`` (the one with the
+    highest mean PSNR in validation), ``.state`` (everything that `resume` needs), ``.json`` (the
+    log) and ``.png`` (a plot of it), the last where matplotlib is installed.
 
     Parameters
     ----------
@@ -583,7 +669,8 @@ def train(
     Returns
     -------
     dict
-        Settings, patches, seconds, scores, files: what weights.json records of a run.
+        Settings, patches, seconds, scores, which validation was best, number of pictures: what
+        weights.json records of a run.
 
     Raises
     ------
@@ -609,6 +696,7 @@ def train(
         "seconds": round(trainer.seconds),
         **trainer.described(),
         "validation": trainer.log[-1]["psnr"],
+        "best": trainer.best,
         "pictures": len(pictures.names),
         "torch": torch.__version__,
     }
