@@ -27,9 +27,11 @@ class FakeRestorer:
         self.change = change
         self.seen = []
 
-    def restore_pixels(self, pixels, degradation):
+    def restore_pixels(self, pixels, degradation, most_steps=1):
         self.seen.append((degradation, pixels.clone()))
-        return SimpleNamespace(image=self.change(pixels))
+        return SimpleNamespace(
+            image=self.change(pixels), diagnosis=Diagnosis.from_user(degradation)
+        )
 
     def inputs(self, degradation):
         return [pixels for told, pixels in self.seen if told is degradation]
@@ -243,16 +245,21 @@ class Classifying(FakeRestorer):
     def __init__(self, verdict):
         super().__init__(lambda pixels: pixels * 2)
         self.verdict = verdict
+        self.most_steps = set()
 
-    def classify_pixels(self, pixels):
-        return [Diagnosis(self.verdict, Degradation.RAIN, {"rain": 1.0})]
+    def restore_pixels(self, pixels, degradation, most_steps=1):
+        if degradation != "auto":
+            return super().restore_pixels(pixels, degradation)
+        self.most_steps.add(most_steps)
+        found = Diagnosis(self.verdict, Degradation.RAIN, {"rain": 1.0})
+        image = pixels * 2 if self.verdict == "degraded" else pixels
+        return SimpleNamespace(image=image, diagnosis=found)
 
 
 def test_untold_acts_as_the_classifier_says(pictures):
-    sure, unsure = (
-        evaluate(pictures, restorer=Classifying(verdict), blind=True)
-        for verdict in ("degraded", "unsure")
-    )
+    restorers = [Classifying(verdict) for verdict in ("degraded", "unsure")]
+    sure, unsure = (evaluate(pictures, restorer=each, blind=2) for each in restorers)
+    assert restorers[0].most_steps == {2}
     for row, doubtful in zip(sure.rows, unsure.rows, strict=True):
         assert row.named == (1.0 if row.told is Degradation.RAIN else 0.0)
         assert row.blind == row.restored

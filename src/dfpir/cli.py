@@ -242,7 +242,14 @@ def add_evaluate(commands: Commands) -> None:
         "--mixtures", action="store_true", help="score auto on mixtures of two degradations instead"
     )
     parser.add_argument(
-        "--blind", action="store_true", help="also restore untold, as the classifier decides"
+        "--blind",
+        nargs="?",
+        type=int,
+        choices=(1, 2, 3),
+        const=1,
+        default=0,
+        metavar="STEPS",
+        help="also restore untold, as the classifier decides, in so many steps at the most (1)",
     )
     parser.add_argument(
         "--classical", action="store_true", help="also score the best classical tool"

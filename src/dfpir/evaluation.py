@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from dfpir import classical
-from dfpir.degradation import Degradation, Diagnosis
+from dfpir.degradation import Degradation
 from dfpir.files import ImageFileError, find_images, read_image
 from dfpir.model import Progress
 from dfpir.pixels import to_pixels
 from dfpir.record import package_version
-from dfpir.restorer import Restorer
+from dfpir.restorer import AUTO, Restorer
 
 SCHEMA = 1
 MULTIPLE = 16
@@ -355,7 +355,7 @@ def evaluate(
     sets: Sequence[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
-    blind: bool = False,
+    blind: int = 0,
     classically: bool = False,
     on_progress: Progress | None = None,
 ) -> Evaluation:
@@ -376,8 +376,8 @@ def evaluate(
     seed : int
         Of the added noise, not negative. The draw of a picture depends on `seed`, the sigma and
         the picture's place in its folder, on nothing else.
-    blind : bool
-        Also restore untold, as the classifier decides.
+    blind : int
+        Also restore untold, as "auto" does with this many steps at the most; 0 does not.
     classically : bool
         Also restore by the best classical tool, see `dfpir.classical`.
     on_progress : callable, optional
@@ -522,7 +522,7 @@ def score_set(
     told: Degradation | None,
     sigma: float | None,
     pairs: Iterator[tuple[Picture, Picture]],
-    blind: bool,
+    blind: int,
     classically: bool,
     picture_done: Callable[[], None],
 ) -> EvaluationRow:
@@ -536,8 +536,10 @@ def score_set(
         Of the noise that was added.
     pairs : iterator of tuple of ndarray
         Input and target.
-    blind, classically : bool
-        What to score besides.
+    blind : int
+        Steps of "auto" at the most; 0 leaves it out.
+    classically : bool
+        Whether to score the classical tool too.
     picture_done : callable
         Called after each picture.
     """
@@ -547,19 +549,14 @@ def score_set(
         level = sigma if told else noise_level(given)
         degradation = told or Degradation.nearest_noise(level or 0.0)
         start = time.perf_counter()
-        restored = restore_whole(restorer, given, degradation)
+        restored, _ = restore_whole(restorer, given, degradation)
         seconds += time.perf_counter() - start
         scores["given"].append(compare(given, target))
         scores["restored"].append(compare(restored, target))
         if blind:
-            found = diagnose(restorer, given)
+            untold, found = restore_whole(restorer, given, AUTO, most_steps=blind)
             named.append(is_right(found, degradation))
-            if found is None:
-                scores["blind"].append(scores["given"][-1])
-            elif found is degradation:
-                scores["blind"].append(scores["restored"][-1])
-            else:
-                scores["blind"].append(compare(restore_whole(restorer, given, found), target))
+            scores["blind"].append(compare(untold, target))
         if classically:
             filtered = classical.restore(given / np.float32(255), degradation, level)
             scores["classical"].append(compare(filtered, target))
@@ -577,13 +574,6 @@ def score_set(
         round(sum(named) / count, 4) if blind else None,
         mean(scores["classical"]) if classically else None,
     )
-
-
-def diagnose(restorer: Restorer, given: Picture) -> Degradation | None:
-    """Return the degradation that "auto" would remove; None where it would do nothing."""
-    pixels, _ = to_pixels(given)
-    found: Diagnosis = restorer.classify_pixels(pixels)[0]
-    return found.degradation if found.verdict == "degraded" else None
 
 
 def is_right(found: Degradation | None, truth: Degradation) -> bool:
@@ -688,13 +678,25 @@ def noise_level(picture: Picture) -> float:
     return float(np.median(np.abs(details)) / 0.6744897501960817) if details.size else 0.0
 
 
-def restore_whole(restorer: Restorer, given: Picture, degradation: Degradation) -> NDArray[Any]:
-    """Restore a whole picture as told, into float32 values clipped to 0..1, of the same shape."""
+def restore_whole(
+    restorer: Restorer, given: Picture, degradation: str | Degradation, *, most_steps: int = 1
+) -> tuple[NDArray[Any], Degradation | None]:
+    """Restore a whole picture, told or not.
+
+    Returns
+    -------
+    restored : ndarray of float32, of the same shape
+        Clipped to 0..1.
+    found : Degradation or None
+        What was removed, first of all; None where nothing was.
+    """
     pixels, _ = to_pixels(given)
-    image = restorer.restore_pixels(pixels, degradation).image
-    assert isinstance(image, torch.Tensor)
-    restored = image[0].float().clamp(0, 1).permute(1, 2, 0).numpy()
-    return restored.mean(axis=-1) if given.ndim == 2 else restored
+    done = restorer.restore_pixels(pixels, degradation, most_steps=most_steps)
+    assert isinstance(done.image, torch.Tensor)
+    restored = done.image[0].float().clamp(0, 1).permute(1, 2, 0).numpy()
+    if given.ndim == 2:
+        restored = restored.mean(axis=-1)
+    return restored, done.diagnosis.degradation if done.diagnosis.verdict == "degraded" else None
 
 
 def compare(image: NDArray[Any], target: Picture) -> Score:
