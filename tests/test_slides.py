@@ -120,6 +120,23 @@ def test_colours_and_strength(tiny_weights):
     assert np.abs(found - expected).max() <= 1
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_grey_slide_in_three_channels_stays_grey(tiny_weights, channels):
+    picture = np.random.default_rng(7).integers(0, 256, (96, 128, channels), dtype=np.uint8)
+    picture[..., 1:3] = picture[..., :1]
+    lazy = restore_lazily(picture, "rain", weights=tiny_weights, rgb=True, block=64).image
+    found = np.asarray(lazy)
+    assert (found[..., :3] == found[..., :1]).all() and (found[..., 0] != picture[..., 0]).any()
+
+
+def test_a_grey_block_of_a_coloured_slide_is_treated_as_its_neighbours(tiny_weights):
+    picture = np.random.default_rng(8).integers(0, 256, (160, 192, 3), dtype=np.uint8)
+    picture[:128, :128] = picture[:128, :128, :1]
+    lazy = restore_lazily(picture, "rain", weights=tiny_weights, rgb=True, block=64).image
+    inner = np.asarray(lazy)[:64, :64]
+    assert (inner != inner[..., :1]).any()
+
+
 def test_the_axes_of_xarray_keep_their_names(tiny_weights):
     xarray = pytest.importorskip("xarray")
     array = np.random.default_rng(6).integers(0, 256, (64, 96), dtype=np.uint8)

@@ -5,6 +5,7 @@ import torch
 
 from dfpir import synthesis
 from dfpir.degradation import Degradation
+from dfpir.pixels import is_grey
 
 
 @pytest.fixture
@@ -196,5 +197,5 @@ def test_noise_on_grey_is_grey_and_on_colour_is_not():
     inputs, targets, _ = synthesis.noise_pairs(
         torch.rand(60, 3, 8, 8, generator=seeded(2)), seeded(3)
     )
-    turned = synthesis.is_grey(targets)
-    assert torch.equal(turned, synthesis.is_grey(inputs)) and 3 <= int(turned.sum()) <= 20
+    turned = is_grey(targets)
+    assert torch.equal(turned, is_grey(inputs)) and 3 <= int(turned.sum()) <= 20

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 
 from dfpir.classifier import KINDS, NOISE
 from dfpir.degradation import CLEAN, Degradation
+from dfpir.pixels import is_grey
 from dfpir.synthesis import (
     LEVELS,
     degrade,
     gaussian_noise,
-    is_grey,
     log_uniform,
     normal_like,
     quantised,
@@ -293,7 +293,7 @@ def finished(patch: Tensor, kind: str, generator: Generator) -> Tensor:
         patch = patch.mean(dim=0, keepdim=True).expand(3, -1, -1)
     if chance(0.3, generator):
         noise = torch.randn(patch.shape, generator=generator)
-        if bool((patch[:1] == patch).all()):
+        if bool(is_grey(patch[None])):
             noise = noise[:1]
         patch = patch + noise * between(0.0, 1.5, generator) / LEVELS
     patch = quantised(patch)

@@ -154,6 +154,19 @@ def put_colours(image: Tensor, colours: Tensor) -> None:
     channels.copy_(colours[0] if len(channels) == 3 else colours.mean(dim=1))
 
 
+def is_grey(pixels: Tensor) -> Tensor:
+    """Say of each image (N, C, H, W) whether its channels are equal; the shape is (N, 1, 1, 1)."""
+    return (pixels == pixels[:, :1]).flatten(1).all(dim=1).reshape(-1, 1, 1, 1)
+
+
+def untinted(restored: Tensor, given: Tensor) -> Tensor:
+    """Return restored images (N, 3, H, W), grey where the given ones are.
+
+    The network may tint what has no colour.
+    """
+    return torch.where(is_grey(given), restored.mean(dim=1, keepdim=True), restored)
+
+
 def natural_range(array: NDArray[Any], *, grey: bool) -> ValueRange:
     """Return the values to become 0 and 1 where the caller gives none.
 

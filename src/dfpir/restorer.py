@@ -34,6 +34,7 @@ from dfpir.pixels import (
     put_colours,
     to_array,
     to_pixels,
+    untinted,
 )
 from dfpir.record import RestorationRecord, array_hash, describe
 from dfpir.routing import MOST_STEPS, restore_by_steps
@@ -553,9 +554,7 @@ class Restorer:
                 restored, taken, deviation = self.run_steps(
                     colours, found, most, ensemble, tiling, progress, attention, course
                 )
-                if bool((colours == colours[:, :1]).all()):
-                    # The network may tint what has no colour; a grey picture stays grey.
-                    restored = restored.mean(dim=1, keepdim=True)
+                restored = untinted(restored, colours)
                 put_colours(image[number], torch.lerp(colours, restored, share))
                 if spread is not None:
                     spread[number] = (share * deviation)[0, 0]

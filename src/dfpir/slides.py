@@ -27,7 +27,15 @@ from dfpir import weights as weights_module
 from dfpir.degradation import Degradation, Diagnosis, caution
 from dfpir.memory import freed_memory_kept
 from dfpir.model import Attention
-from dfpir.pixels import PixelForm, ValueRange, natural_range, to_array, to_pixels
+from dfpir.pixels import (
+    PixelForm,
+    ValueRange,
+    is_grey,
+    natural_range,
+    to_array,
+    to_pixels,
+    untinted,
+)
 from dfpir.record import RestorationRecord, describe
 from dfpir.restorer import (
     AUTO,
@@ -81,6 +89,9 @@ class Recipe:
     value_range : tuple of float
     rgb : bool
         Whether blocks are (h, w, 3 or 4) rather than (h, w).
+    coloured : bool
+        Whether any window has colour. Then a grey block is treated as its neighbours are, or its
+        edges would show.
     """
 
     weights: str
@@ -91,6 +102,7 @@ class Recipe:
     strength: float
     value_range: ValueRange
     rgb: bool
+    coloured: bool
 
     def restorer(self) -> Restorer:
         """Return this process's restorer, which is loaded once.
@@ -163,6 +175,8 @@ def restore_block(block: NDArray[Any], attention: Attention, recipe: Recipe) -> 
     given = tuple(each.to(restorer.device) for each in attention)
     with turn():
         restored = restorer.run(pixels, recipe.degradation, at_once, attention=given)
+    if not recipe.coloured:
+        restored = untinted(restored, pixels)
     return to_array(torch.lerp(pixels, restored, recipe.strength), form)
 
 
@@ -181,6 +195,12 @@ def samples(source: Any, part: Selection, reporter: Reporter) -> list[NDArray[An
 def range_of(parts: Sequence[NDArray[Any]], *, rgb: bool) -> ValueRange:
     """Return the natural range of windows."""
     return natural_range(np.concatenate([part.ravel() for part in parts]), grey=not rgb)
+
+
+def has_colour(parts: Sequence[NDArray[Any]], seen: ValueRange, *, rgb: bool) -> bool:
+    """Say whether any window is other than grey."""
+    pixels = (to_pixels(each, channel_axis=axis_of(rgb), value_range=seen)[0] for each in parts)
+    return not all(bool(is_grey(each)) for each in pixels)
 
 
 def judge(parts: Sequence[NDArray[Any]], seen: ValueRange, *, rgb: bool) -> Diagnosis:
@@ -280,7 +300,8 @@ def restore_lazily(
         diagnosis = Diagnosis.from_user(told) if told else judge(read, seen, rgb=rgb)
         kind = diagnosis.degradation if diagnosis.verdict == "degraded" and strength > 0 else None
         if kind is not None:
-            recipe = Recipe(everywhere, digest, device, dtype, kind, strength, seen, rgb)
+            coloured = has_colour(read, seen, rgb=rgb)
+            recipe = Recipe(everywhere, digest, device, dtype, kind, strength, seen, rgb, coloured)
             for index in part.planes:
                 restored[index] = restored_plane(source[index], recipe, side)
         note = caution(kind, rgb=rgb) if kind else None

@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from dfpir.degradation import Degradation
+from dfpir.pixels import is_grey
 
 LEVELS = 255.0
 """Grey levels of an 8-bit picture."""
@@ -57,11 +58,6 @@ def normal_like(pixels: Tensor, generator: Generator) -> Tensor:
 def quantised(pixels: Tensor) -> Tensor:
     """Clip to 0..1 and round to the nearest of 256 grey levels."""
     return (pixels.clamp(0, 1) * LEVELS).round() / LEVELS
-
-
-def is_grey(pixels: Tensor) -> Tensor:
-    """Say of each image (N, C, H, W) whether its channels are equal; the shape is (N, 1, 1, 1)."""
-    return (pixels == pixels[:, :1]).flatten(1).all(dim=1).reshape(-1, 1, 1, 1)
 
 
 def gaussian_noise(pixels: Tensor, sigma: Tensor | float, generator: Generator) -> Tensor:
