@@ -21,7 +21,7 @@ def walk(first, *later, most=3):
         torch.zeros(1, 3, 2, 2),
         first,
         lambda image: next(later),
-        lambda image, kind: 10 * image + kind.index,
+        lambda image, found: 10 * image + found.degradation.index,
         most,
     )
     assert all(steps[i] is not step for i in range(len(steps)) for step in steps[i + 1 :])

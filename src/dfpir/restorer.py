@@ -156,18 +156,29 @@ def outcome(found: Diagnosis, steps: Sequence[Degradation] | None) -> str:
 
 @dataclass(slots=True)
 class Course:
-    """How the work on a batch goes, for its record.
+    """How to work on a batch, and how that goes, for its record.
 
     Attributes
     ----------
+    tiling : Tiling, optional
+    ensemble : bool
+        Both as for `Restorer.restore`.
+    attention : Attention, optional
+        For the first step of each image, if it was measured on the batch.
     statistics : str
         See `RestorationRecord`.
     notes : list of str
         What the user should know.
     """
 
-    statistics: str
+    tiling: Tiling | None
+    ensemble: bool
+    attention: Attention | None = None
+    statistics: str = field(init=False)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.statistics = self.tiling.statistics if self.tiling else "whole"
 
     def remark(self, note: str) -> None:
         """Note something, once."""
@@ -528,20 +539,20 @@ class Restorer:
         check_pixels(pixels)
         weight = checked_mask(mask, len(pixels))
         diagnosis, diagnoses = judge(pixels, degradation, one_verdict, on_progress)
-        course = Course(tiling.statistics if tiling else "whole")
+        course = Course(tiling, ensemble)
         verdicts = diagnoses or (diagnosis,) * len(pixels)
         acting = [found.verdict == "degraded" and strength > 0 for found in verdicts]
         if any(acting) and weight is not None and not weight.any():
             acting = [False] * len(pixels)
             course.remark("The mask is empty, so nothing was restored.")
-        image, attention = pixels, None
+        image = pixels
         if any(acting):
             image = torch.empty_like(pixels)
             sampled = tiling is not None and tiling.statistics == "sampled"
             if tiling is not None and sampled and not diagnoses and not ensemble:
                 assert diagnosis.degradation is not None
-                attention = self.sample(pixels, diagnosis.degradation, tiling, on_progress)
-        measured = 0 if attention is None else SAMPLED_WINDOWS
+                course.attention = self.sample(pixels, diagnosis.degradation, tiling, on_progress)
+        measured = 0 if course.attention is None else SAMPLED_WINDOWS
         spread = torch.zeros(len(pixels), *pixels.shape[2:]) if ensemble else None
         most = 1 if diagnosis.told or (len(pixels) > 1 and not diagnoses) else most_steps
         steps: list[Degradation] = []
@@ -551,9 +562,7 @@ class Restorer:
                 colours = colours_of(pixels[number])
                 progress = portion(on_progress, number, len(pixels), begun=measured)
                 share = blend(strength, weight, number, colours)
-                restored, taken, deviation = self.run_steps(
-                    colours, found, most, ensemble, tiling, progress, attention, course
-                )
+                restored, taken, deviation = self.run_steps(colours, found, most, course, progress)
                 restored = untinted(restored, colours)
                 put_colours(image[number], torch.lerp(colours, restored, share))
                 if spread is not None:
@@ -583,11 +592,8 @@ class Restorer:
         pixels: Tensor,
         found: Diagnosis,
         most: int,
-        ensemble: bool,
-        tiling: Tiling | None,
-        on_progress: Progress | None,
-        attention: Attention | None,
         course: Course,
+        on_progress: Progress | None,
     ) -> tuple[Tensor, tuple[Degradation, ...], Tensor]:
         """Restore one image (1, 3, H, W) as found, and as found again afterwards; see `restore`.
 
@@ -596,37 +602,38 @@ class Restorer:
         image : Tensor, (1, 3, H, W)
         steps : tuple of Degradation
         deviation : Tensor, (1, 1, H, W)
-            With `ensemble`: of the answers, over all steps; otherwise zeros.
+            With an ensemble: of the answers, over all steps; otherwise zeros.
         """
         begun: list[Degradation] = []
         variance = torch.zeros_like(pixels[:, :1], dtype=torch.float32)
 
-        def remove(given: Tensor, kind: Degradation) -> Tensor:
+        def look(image: Tensor) -> Diagnosis:
+            return classify_images(image)[0]
+
+        def remove(given: Tensor, seen: Diagnosis) -> Tensor:
+            kind = seen.degradation
+            assert kind is not None
             begun.append(kind)
             # A later step makes the way longer, at the place that has been reached.
             progress = portion(on_progress, len(begun) - 1, len(begun))
-            if attention is not None and len(begun) == 1:
-                return self.run(given, kind, tiling, progress, attention, course)
+            if course.attention is not None and len(begun) == 1:
+                return self.run(given, kind, course.tiling, progress, course.attention, course)
             # Only of the strongest noise is it asked whether it is stronger still.
             contrast = 1.0
             if kind is Degradation.NOISE_50:
-                known = found.sigma if len(begun) == 1 else None
-                contrast = contrast_for(known or look(given).sigma)
+                contrast = contrast_for(seen.sigma or look(given).sigma)
             if contrast < 1:
                 course.remark(STRONG_NOISE)
 
-            def attempt(pixels: Tensor) -> Tensor:
+            def attempt(lowered: Tensor) -> Tensor:
                 nonlocal variance
-                if not ensemble:
-                    return self.run(pixels, kind, tiling, progress, None, course)
-                restored, deviation = self.run_turned(pixels, kind, tiling, progress, course)
+                if not course.ensemble:
+                    return self.run(lowered, kind, course.tiling, progress, None, course)
+                restored, deviation = self.run_turned(lowered, kind, course, progress)
                 variance = variance + (deviation / contrast) ** 2
                 return restored
 
             return with_contrast(given, contrast, attempt)
-
-        def look(image: Tensor) -> Diagnosis:
-            return classify_images(image)[0]
 
         restored, steps = restore_by_steps(pixels, found, look, remove, most)
         for kind in begun[len(steps) :]:
@@ -637,9 +644,8 @@ class Restorer:
         self,
         pixels: Tensor,
         degradation: Degradation,
-        tiling: Tiling | None,
-        on_progress: Progress | None,
         course: Course,
+        on_progress: Progress | None,
     ) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of eight answers; see `ensemble` of `restore`.
 
@@ -648,7 +654,9 @@ class Restorer:
         mean, squares = (torch.zeros_like(pixels, dtype=torch.float32) for _ in range(2))
         for number in range(8):
             progress = portion(on_progress, number, 8)
-            answer = self.run(turned(pixels, number), degradation, tiling, progress, None, course)
+            answer = self.run(
+                turned(pixels, number), degradation, course.tiling, progress, None, course
+            )
             change = turned(answer, number, back=True) - mean
             mean += change / (number + 1)
             squares += change**2 * (

@@ -12,7 +12,7 @@ MOST_STEPS = 3
 """More than this many degradations are not removed from one image."""
 
 Look = Callable[[Tensor], Diagnosis]
-Remove = Callable[[Tensor, Degradation], Tensor]
+Remove = Callable[[Tensor, Diagnosis], Tensor]
 
 
 def restore_by_steps(
@@ -31,7 +31,7 @@ def restore_by_steps(
     look : callable
         Returns the diagnosis of an image.
     remove : callable
-        Returns an image without a degradation.
+        Returns an image without what its diagnosis, given beside it, has found.
     most : int
         Steps at the most. With one there is nothing to look for afterwards, and no step is undone.
 
@@ -45,7 +45,7 @@ def restore_by_steps(
     while (kind := found.degradation) and found.verdict == "degraded" and len(steps) < most:
         if any(kind is step or (kind.sigma and step.sigma) for step in steps):
             break
-        restored = remove(pixels, kind)
+        restored = remove(pixels, found)
         if most > 1:
             after = look(restored)
             if after.probability(kind) >= found.probability(kind):
