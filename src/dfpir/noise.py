@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-LEARNT = 50.0
+from dfpir.degradation import Degradation
+from dfpir.pixels import clamped
+
+LEARNT = max(each.sigma or 0.0 for each in Degradation)
 """Standard deviation, in grey levels of 0..255, of the strongest noise that has a prompt."""
 
 LOWEST_CONTRAST = 0.5
@@ -32,7 +35,6 @@ def with_contrast(pixels: Tensor, contrast: float, restore: Callable[[Tensor], T
     """
     if contrast == 1:
         return restore(pixels)
-    low, high = min(float(pixels.min()), 0.0), max(float(pixels.max()), 1.0)
     mean = pixels.mean()
     lowered = mean + contrast * (pixels - mean)
-    return (mean + (restore(lowered) - mean) / contrast).clamp(low, high)
+    return clamped(mean + (restore(lowered) - mean) / contrast, pixels)

@@ -154,6 +154,11 @@ def put_colours(image: Tensor, colours: Tensor) -> None:
     channels.copy_(colours[0] if len(channels) == 3 else colours.mean(dim=1))
 
 
+def clamped(restored: Tensor, given: Tensor) -> Tensor:
+    """Keep restored values within the range that 0..1 and the given picture span."""
+    return restored.clamp(min(float(given.min()), 0.0), max(float(given.max()), 1.0))
+
+
 def is_grey(pixels: Tensor) -> Tensor:
     """Say of each image (N, C, H, W) whether its channels are equal; the shape is (N, 1, 1, 1)."""
     return (pixels == pixels[:, :1]).flatten(1).all(dim=1).reshape(-1, 1, 1, 1)

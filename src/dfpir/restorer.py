@@ -30,6 +30,7 @@ from dfpir.pixels import (
     PixelError,
     ValueRange,
     check_pixels,
+    clamped,
     colours_of,
     put_colours,
     to_array,
@@ -697,7 +698,6 @@ class Restorer:
         ValueError
             If the network's answer is not finite.
         """
-        low, high = min(float(pixels.min()), 0.0), max(float(pixels.max()), 1.0)
         ways = self.ways((pixels.shape[-2], pixels.shape[-1]), tiling)
         attempts = [
             partial(self.run_once, pixels, degradation, way, on_progress, attention) for way in ways
@@ -715,7 +715,7 @@ class Restorer:
             single = Restorer(model=copy.deepcopy(self.model).float())
             return single.run(pixels, degradation, tiling, on_progress, None, course)
         # Out of inference mode, so that callers may go on with an ordinary tensor.
-        return restored.clamp(low, high).to(pixels.device, pixels.dtype).clone()
+        return clamped(restored, pixels).to(pixels.device, pixels.dtype).clone()
 
     def strip_rows(self, size: tuple[int, int]) -> int | None:
         """Return the height of the strips an image (height, width) is worked through in.
