@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from conftest import distance
 from dfpir import checkpoint
 from dfpir.degradation import Degradation
 from test_checkpoint import PLACES, published_weights
@@ -42,11 +43,6 @@ class RoundedOnce(TorchDispatchMode):
 
         given = tree_map_only(torch.Tensor, precise, (arguments, named))
         return tree_map_only(torch.Tensor, rounded, operation(*given[0], **given[1]))
-
-
-def distance(ours, theirs):
-    """Return the relative L2 distance."""
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from conftest import distance
 from dfpir import Degradation, Restorer
+from dfpir.evaluation import with_noise
 from dfpir.noise import LEARNT, LOWEST_CONTRAST, contrast_for, with_contrast
 from dfpir.restorer import STRONG_NOISE
 
@@ -49,8 +50,7 @@ def test_the_range_of_the_picture_is_not_left():
 
 def noisy(sigma, name="coffee"):
     clean = getattr(data, name)()[100:292, 100:292]
-    added = sigma * np.random.default_rng(0).standard_normal(clean.shape)
-    return clean, np.clip(np.rint(clean + added), 0, 255).astype(np.uint8)
+    return clean, with_noise(clean, sigma, seed=0, index=0)
 
 
 @pytest.mark.parametrize("name", ["coffee", "chelsea", "rocket"])
