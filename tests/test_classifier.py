@@ -27,6 +27,7 @@ from dfpir.classifier import (
     diagnosis,
     features_of,
     judge,
+    kind_of,
     load_classifier,
     look,
     save_classifier,
@@ -355,3 +356,7 @@ def test_bad_files_are_refused_in_one_line(small, tmp_path, case):
         load_classifier(path)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+def test_every_degradation_has_its_kind():
+    assert [*dict.fromkeys(map(kind_of, Degradation)), CLEAN] == list(KINDS)

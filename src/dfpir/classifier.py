@@ -367,6 +367,11 @@ def diagnosis(kinds: Mapping[str, float], sigma: float) -> Diagnosis:
     return Diagnosis(verdict, degradation, {**dealt, **others}, estimate)
 
 
+def kind_of(degradation: Degradation) -> str:
+    """Return the one of `KINDS` that a degradation belongs to."""
+    return NOISE if degradation in NOISE_LEVELS else degradation.value
+
+
 def kinds_of(diagnosis: Diagnosis) -> dict[str, float]:
     """Return the probabilities of `KINDS`, in this order, from those of a diagnosis."""
     dealt = diagnosis.probabilities

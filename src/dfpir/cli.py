@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dfpir.degradation import CLEAN, Degradation
+from dfpir.routing import MOST_STEPS
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -127,7 +128,7 @@ def add_restore(commands: Commands) -> None:
     parser.add_argument(
         "--steps",
         type=int,
-        choices=(1, 2, 3),
+        choices=range(1, MOST_STEPS + 1),
         default=1,
         help="with auto: look again after restoring, and go on with what else is found",
     )
@@ -245,7 +246,7 @@ def add_evaluate(commands: Commands) -> None:
         "--blind",
         nargs="?",
         type=int,
-        choices=(1, 2, 3),
+        choices=range(1, MOST_STEPS + 1),
         const=1,
         default=0,
         metavar="STEPS",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dfpir.degradation import Degradation, Diagnosis
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    from torch import Tensor
+
+    Look: TypeAlias = Callable[[Tensor], Diagnosis]
+    Remove: TypeAlias = Callable[[Tensor, Diagnosis], Tensor]
+
 MOST_STEPS = 3
 """More than this many degradations are not removed from one image."""
-
-Look = Callable[[Tensor], Diagnosis]
-Remove = Callable[[Tensor, Diagnosis], Tensor]
 
 
 def restore_by_steps(

@@ -17,8 +17,10 @@ from dfpir import weights
 from dfpir.classifier import (
     KINDS,
     NOISE,
+    NOISE_LEVELS,
     DegradationClassifier,
     classify,
+    kind_of,
     kinds_of,
     load_classifier,
 )
@@ -52,7 +54,6 @@ SEVERITIES: dict[Degradation, tuple[float, ...]] = {
 }
 """What `severe_cases` does to every picture of CBSD68; see `dfpir.synthesis.degrade`."""
 
-PROMPTS = tuple(each.sigma for each in Degradation if each.sigma is not None)
 SHARP = "CBSD68"
 """The set whose clean pictures are degraded here."""
 
@@ -98,7 +99,7 @@ class Judgement:
         if self.found.verdict != "degraded":
             return self.found.verdict
         assert self.found.degradation is not None
-        return NOISE if self.found.degradation.sigma is not None else self.found.degradation.value
+        return kind_of(self.found.degradation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +224,7 @@ class Verdicts:
             **provenance(SCHEMA, self.date),
             "classifier_sha256": self.sha256,
             "severities": {
-                (NOISE if kind.sigma else kind.value): list(values)
-                for kind, values in SEVERITIES.items()
+                kind_of(degradation): list(values) for degradation, values in SEVERITIES.items()
             },
             "seed": self.seed,
             "limit": self.limit,
@@ -252,8 +252,8 @@ class Verdicts:
             ]
             lines.append(f"| {' | '.join(cells)} |")
         listed = "; ".join(
-            f"{NOISE if kind.sigma else kind.value} {', '.join(f'{value:g}' for value in values)}"
-            for kind, values in SEVERITIES.items()
+            f"{kind_of(degradation)} {', '.join(f'{value:g}' for value in values)}"
+            for degradation, values in SEVERITIES.items()
         )
         lines += [
             "",
@@ -360,14 +360,15 @@ def cases(
 
 def noise_of(image_set: ImageSet) -> tuple[float, ...]:
     """Return the levels of noise that the network can be told of, of those a set gets."""
-    return tuple(sigma for sigma in image_set.noise if sigma in PROMPTS)
+    prompts = {level.sigma for level in NOISE_LEVELS}
+    return tuple(sigma for sigma in image_set.noise if sigma in prompts)
 
 
 def public_cases(
     image_set: ImageSet, pairs: Sequence[tuple[Path, Path]], seed: int
 ) -> Iterator[Case]:
     """Yield the inputs of a set and its clean targets."""
-    kind = NOISE if image_set.degradation is None else image_set.degradation.value
+    kind = kind_of(image_set.degradation) if image_set.degradation else NOISE
     for sigma in noise_of(image_set) or (None,):
         for given, _ in read_pairs(pairs, image_set, sigma, seed):
             yield Case((PUBLIC,), kind, given, sigma)
@@ -388,6 +389,5 @@ def severe_cases(paths: Sequence[Path], seed: int) -> Iterator[Case]:
                 )
                 degraded = degrade(pixels, degradation, generator, severity)[0]
                 picture = (degraded * LEVELS).round().byte().permute(1, 2, 0).numpy()
-                noisy = degradation.sigma is not None
-                kind = NOISE if noisy else degradation.value
-                yield Case((SEVERE,), kind, picture, severity if noisy else None)
+                kind = kind_of(degradation)
+                yield Case((SEVERE,), kind, picture, severity if kind == NOISE else None)
