@@ -372,11 +372,12 @@ def restore_slide(options: argparse.Namespace) -> int:
         message = f"--{unfit[0].replace('_', '-')} is for pictures, not for a .zarr; leave it out"
         raise UsageError(message)
     source = options.inputs[0]
-    steps: list[Step] = []
+    doing = ""
     with Bar(source.name) as progress:
 
         def show(step: Step) -> None:
-            steps[:] = [step]
+            nonlocal doing
+            doing = step.doing
             progress(round(1000 * step.fraction), 1000)
 
         done = restore_zarr(
@@ -391,7 +392,7 @@ def restore_slide(options: argparse.Namespace) -> int:
             strength=options.strength,
             on_step=show,
         )
-    if steps[-1].doing == DONE_BEFORE:
+    if doing == DONE_BEFORE:
         say(f"{options.output} was done before.")
         return 0
     say(f"{source} -> {options.output}: {done.summary}")
