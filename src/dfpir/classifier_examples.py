@@ -321,15 +321,33 @@ def change_of_reference(
     return (changed - reference).square().mean(dim=(1, 2, 3)).sqrt()
 
 
+def draw_copies(
+    pools: Pools,
+    kind: str,
+    generator: Generator,
+    *,
+    micrographs: float = 1.0,
+    drawings: float = 1.0,
+) -> tuple[Copies, bool]:
+    """Return a picture from a pool that suits `kind`, and whether it is a micrograph.
+
+    Parameters
+    ----------
+    micrographs, drawings : float
+        How often these are drawn, as a multiple of `MICROGRAPH_SHARE` and `DRAWING_SHARE`.
+    """
+    source = float(torch.rand((), generator=generator))
+    pool = pools.stained if chance(STAINED_SHARE, generator) else pools.fluorescent
+    micrograph = source < micrographs * MICROGRAPH_SHARE.get(kind, 0.0) and bool(pool)
+    if not micrograph:
+        pool = pools.drawings if source > 1 - drawings * DRAWING_SHARE else pools.photographs
+    return pool[whole(0, len(pool), generator)], micrograph
+
+
 def draw_patch(pools: Pools, kind: str, size: int, generator: Generator) -> Tensor:
     """Return a sharp patch (3, size, size), values 0..1, from a pool that suits `kind`."""
-    source = float(torch.rand((), generator=generator))
-    micrographs = pools.stained if chance(STAINED_SHARE, generator) else pools.fluorescent
-    micrograph = source < MICROGRAPH_SHARE.get(kind, 0.0) and bool(micrographs)
-    pool = micrographs if micrograph else pools.photographs
-    if source > 1 - DRAWING_SHARE:
-        pool = pools.drawings
-    patch = resampled_cut(pool[whole(0, len(pool), generator)], size, generator)
+    copies, micrograph = draw_copies(pools, kind, generator)
+    patch = resampled_cut(copies, size, generator)
     return displayed(patch, generator) if micrograph else toned(patch, kind, generator)
 
 
@@ -338,13 +356,8 @@ def draw_whole(pools: Pools, kind: str, generator: Generator) -> Tensor:
 
     Enlarged pictures are soft, as those of many cameras are, without any motion.
     """
-    source = float(torch.rand((), generator=generator))
-    micrographs = pools.stained if chance(STAINED_SHARE, generator) else pools.fluorescent
-    micrograph = source < 0.8 * MICROGRAPH_SHARE.get(kind, 0.0) and bool(micrographs)
-    pool = micrographs if micrograph else pools.photographs
-    if source > 1 - 0.6 * DRAWING_SHARE:
-        pool = pools.drawings
-    array = pool[whole(0, len(pool), generator)][0]
+    copies, micrograph = draw_copies(pools, kind, generator, micrographs=0.8, drawings=0.6)
+    array = copies[0]
     scale = 1.0
     if chance(0.35, generator):
         scale = math.exp(between(0, math.log(MOST_ENLARGED), generator))
