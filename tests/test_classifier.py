@@ -31,6 +31,7 @@ from dfpir.classifier import (
     load_classifier,
     look,
     save_classifier,
+    seen_by_encoder,
     shares,
     tones,
 )
@@ -242,6 +243,15 @@ def test_an_untrained_overview_leaves_the_judgement_at_full_size(small, size):
     tolerance = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(seen.softmax(1), logits.double().softmax(1), **tolerance)
     assert float(again) == float(sigma) == float(log_sigma)
+
+
+def test_the_encoder_sees_large_pictures_through_windows():
+    small = torch.rand(1, 3, 60, 700, generator=seeded())
+    assert seen_by_encoder(small) is small
+    parts = seen_by_encoder(torch.rand(1, 3, 900, 1600, generator=seeded()))
+    assert parts.shape[1:] == (3, 384, 384) and 2 <= len(parts) <= 4
+    long = seen_by_encoder(torch.rand(1, 3, 20, 40_000, generator=seeded()))
+    assert long.shape[1:] == (3, 20, 384) and len(long) <= 4
 
 
 def test_tones_are_those_of_numpy_and_do_not_care_for_flips():

@@ -7,6 +7,7 @@ from skimage import data as pictures
 from torch import Generator
 
 import dfpir.classifier_training as module
+from conftest import SMALL, random_model
 from dfpir.classifier import FEATURES, KINDS, ClassifierConfig, DegradationClassifier
 from dfpir.classifier_examples import (
     LONGEST_WHOLE,
@@ -15,8 +16,9 @@ from dfpir.classifier_examples import (
     draw_example,
     make_drawings,
 )
-from dfpir.classifier_training import calibration, draw_features, fit_overview
+from dfpir.classifier_training import calibration, draw_features, fit_overview, take_encoder
 from dfpir.degradation import CLEAN
+from dfpir.model import DFPIRConfig
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,17 @@ def examples_of(count, confusing):
         features[-1] += KINDS[kind] == "haze"
         made.append((features, kind))
     return made
+
+
+def test_the_encoder_is_the_network_s_own_beginning(small):
+    network = random_model(DFPIRConfig.compact())
+    take_encoder(small, network)
+    picture = torch.rand(1, 3, 40, 50, generator=torch.Generator().manual_seed(0))
+    described = small.encoder.describe(picture)
+    whole = network.describe(picture)
+    assert torch.equal(described, whole[: len(described)])
+    with pytest.raises(ValueError, match="compact preset"):
+        take_encoder(small, random_model(SMALL))
 
 
 def test_an_overview_learns_what_the_details_confuse(small, short):

@@ -4,7 +4,9 @@ Noise, streaks and blur live in single pixels, which shrinking would remove: so 
 at native resolution are looked at, every place in them gives a vote and a weight, and the weighted
 mean counts. But a soft lens is told from a moving hand, and haze from a grey wall, only by the
 look of the whole: so the same is done with the picture at a half and at a quarter of its size, and
-an `Overview` weighs the three outcomes together with how light and dark are spread.
+an `Overview` weighs the three outcomes together with how light and dark are spread, and with what
+the restoring network sees on its way down, before it is told anything: to restore, it had to learn
+what is picture and what is damage.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from torch.nn import functional as F
 
 from dfpir.checkpoint import CheckpointError, mismatches, read_tensors, write_tensors
 from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
-from dfpir.tiling import spread
+from dfpir.model import DFPIRConfig, Encoder
+from dfpir.tiling import spread, windows
 
-FORMAT = "dfpir-classifier-2"
+FORMAT = "dfpir-classifier-3"
 """Value of ``format`` in the metadata of classifier files."""
 
 NOISE = "noise"
@@ -47,8 +50,22 @@ QUANTILES = {"darkest": (0.01, 0.1, 0.5), "mean": (0.01, 0.1, 0.5, 0.9, 0.99), "
 MOST_TONES = 2**18
 """No more pixels than about this many are sorted for the quantiles."""
 
-FEATURES = len(SHRUNK) * (len(KINDS) + 1) + sum(map(len, QUANTILES.values())) + 3
+ENCODER, LEVELS = DFPIRConfig.compact(), 2
+"""Sizes of the encoder, a copy of the first levels of the bundled network."""
+
+WINDOW, MOST_WINDOWS = 384, 4
+"""The encoder sees a picture whole, or this many windows of this side, if they are fewer pixels."""
+
+FEATURES = (
+    len(SHRUNK) * (len(KINDS) + 1)
+    + sum(map(len, QUANTILES.values()))
+    + 3
+    + 2 * sum(ENCODER.channels(depth) for depth in range(LEVELS))
+)
 """Numbers by which `Overview` knows a picture."""
+
+FARTHEST = 6.0
+"""Standard deviations from the mean beyond which one number is as odd as another."""
 
 LEAST_LOG_PROBABILITY = -12.0
 """Below this, one impossible kind is as impossible as another."""
@@ -99,7 +116,7 @@ class ResidualConvolution(nn.Module):
 
 
 class Overview(nn.Module):
-    """Correct the judgement at full size by what smaller sizes and the tones of the whole say.
+    """Correct the judgement at full size by smaller sizes, tones and what the encoder sees.
 
     Untrained, it corrects nothing.
 
@@ -119,14 +136,15 @@ class Overview(nn.Module):
         self.register_buffer("spread", torch.ones(FEATURES))
         self.register_buffer("temperature", torch.ones(1))
         self.hidden = nn.Linear(FEATURES, hidden)
+        self.dropout = nn.Dropout(0.2)
         self.vote = nn.Linear(hidden, len(KINDS))
         nn.init.zeros_(self.vote.weight)
         nn.init.zeros_(self.vote.bias)
 
     def correction(self, features: Tensor) -> Tensor:
         """Return what is added (N, kinds) to the logits at full size."""
-        units = self.hidden((features - self.mean) / self.spread)
-        return self.vote(F.relu(units))  # type: ignore[no-any-return]
+        units = self.hidden(((features - self.mean) / self.spread).clamp(-FARTHEST, FARTHEST))
+        return self.vote(self.dropout(F.relu(units)))  # type: ignore[no-any-return]
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (N, kinds) of pictures with these features (N, `FEATURES`)."""
@@ -169,6 +187,7 @@ class DegradationClassifier(nn.Module):
         # Logits, log sigma, and a weight for each of the two.
         self.vote = nn.Conv2d(self.config.hidden, len(KINDS) + 3, 1)
         self.register_buffer("temperature", torch.ones(1))
+        self.encoder = Encoder(ENCODER, LEVELS).requires_grad_(False)
         self.overview = Overview(self.config.overview)
 
     @property
@@ -303,9 +322,18 @@ def tones(picture: Tensor) -> Tensor:
     )
 
 
+def seen_by_encoder(picture: Tensor) -> Tensor:
+    """Return a picture (1, 3, H, W), or evenly placed windows (N, 3, h, w) of a large one."""
+    height, width = picture.shape[2:]
+    if height * width <= MOST_WINDOWS * WINDOW**2:
+        return picture
+    parts = windows(height, width, WINDOW, MOST_WINDOWS)
+    return torch.cat([picture[..., rows, columns] for rows, columns in parts])
+
+
 @torch.no_grad()
 def features_of(model: DegradationClassifier, picture: Tensor) -> tuple[Tensor, Tensor]:
-    """Look at a picture (1, 3, H, W) at all sizes of `SHRUNK`.
+    """Look at a picture (1, 3, H, W) at all sizes of `SHRUNK`, and through the encoder.
 
     Returns
     -------
@@ -324,7 +352,8 @@ def features_of(model: DegradationClassifier, picture: Tensor) -> tuple[Tensor, 
         likelihoods = logits[0].log_softmax(dim=0).clamp(min=LEAST_LOG_PROBABILITY)
         seen += [likelihoods, log_sigma]
         sigmas.append(log_sigma)
-    return torch.cat([*seen, tones(smaller)]), sigmas[0]
+    described = model.encoder.describe(seen_by_encoder(picture))
+    return torch.cat([*seen, tones(smaller), described]), sigmas[0]
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dfpir.classifier import (
+    ENCODER,
     KINDS,
     NOISE,
     DegradationClassifier,
@@ -47,21 +48,26 @@ from dfpir.classifier_examples import (
     whole,
 )
 from dfpir.degradation import CLEAN, Degradation
+from dfpir.model import DFPIR
 from dfpir.synthesis import degrade
 from dfpir.training import Pictures, part_generator
+from dfpir.weights import load_model
 
 logger = logging.getLogger(__name__)
 
-CLEAN_EMPHASIS = 2.0
+CLEAN_EMPHASIS = 1.4
 """In what `Overview` learns, kinds count alike, but clean this much more: it is the lesser mistake
 to leave a picture alone."""
 
 WHOLES = 6_500
 """Whole pictures from which `Overview` learns."""
 
-OVERVIEW_STEPS = 3_000
-OVERVIEW_BATCH = 512
-PRICE = 0.2
+OVERVIEW_STEPS = 2_000
+OVERVIEW_BATCH = 256
+BLUR_OF_FEATURES = 0.3
+"""Noise on every number that `Overview` learns from, in standard deviations of the number."""
+
+PRICE = 0.1
 """Of a correction by `Overview`: its mean square, in nats, costs this much cross-entropy."""
 
 PATCHES = 72_000
@@ -161,8 +167,9 @@ def fit_overview(
 ) -> None:
     """Teach the overview of a trained and calibrated network.
 
-    A hidden layer on a few dozen numbers: steps are cheap, and what counts is that it trusts no
-    single number (noise on all of them) and corrects only where that pays (a price on it).
+    A hidden layer on some hundred numbers: steps are cheap, and what counts is that it trusts no
+    single number (noise on all of them, units left out) and corrects only where that pays (a price
+    on it).
     """
     torch.manual_seed(seed)
     overview = Overview(model.config.overview)
@@ -173,12 +180,13 @@ def fit_overview(
     emphasis = torch.bincount(kinds, minlength=len(KINDS)).clamp(min=1).reciprocal()
     emphasis /= emphasis.mean()
     emphasis[KINDS.index(CLEAN)] *= CLEAN_EMPHASIS
-    optimizer = torch.optim.AdamW(overview.parameters(), lr=3e-3, weight_decay=0.3)
+    optimizer = torch.optim.AdamW(overview.parameters(), lr=2e-3, weight_decay=0.3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, OVERVIEW_STEPS)
     for _ in range(OVERVIEW_STEPS):
         batch = torch.randint(len(features), (OVERVIEW_BATCH,))
         exact = features[batch]
-        correction = overview.correction(exact + 0.1 * overview.spread * torch.randn_like(exact))
+        blurred = exact + BLUR_OF_FEATURES * overview.spread * torch.randn_like(exact)
+        correction = overview.correction(blurred)
         logits = exact[:, : len(KINDS)] + correction
         wrong = F.cross_entropy(logits, kinds[batch], weight=emphasis, label_smoothing=0.02)
         loss = wrong + PRICE * correction.square().mean()
@@ -268,6 +276,24 @@ def calibrate_overview(model: DegradationClassifier, cases: list[Case]) -> None:
 def kinds_in(cases: list[Case]) -> Tensor:
     """Return the numbers of the kinds that cases truly are of."""
     return torch.tensor([KINDS.index(kind) for _, kind, _, _ in cases])
+
+
+def take_encoder(model: DegradationClassifier, network: DFPIR) -> None:
+    """Copy the first levels of a trained network into the classifier.
+
+    Raises
+    ------
+    ValueError
+        If it is of another size.
+    """
+    if network.config != ENCODER:
+        message = (
+            f"The classifier's encoder is of {ENCODER}; found {network.config}. Take weights of "
+            "the compact preset."
+        )
+        raise ValueError(message)
+    values = network.state_dict()
+    model.encoder.load_state_dict({key: values[key] for key in model.encoder.state_dict()})
 
 
 class ClassifierTrainer:
@@ -407,6 +433,7 @@ def train_classifier(
     patches: int = PATCHES,
     seed: int = 1,
     resume: bool = False,
+    network: str | Path | None = None,
 ) -> dict[str, object]:
     """Train a classifier, calibrate and score it on held-out pictures, and write it.
 
@@ -422,6 +449,8 @@ def train_classifier(
         The same seed and pictures give the same classifier on the same machine.
     resume : bool
         Continue from the state file of an earlier run with the same patches and seed.
+    network : str or Path, optional
+        Weights, by name or file, whose encoder the classifier gets; by default the bundled ones.
 
     Returns
     -------
@@ -431,13 +460,14 @@ def train_classifier(
     Raises
     ------
     ValueError
-        If there are too few pictures, or nothing to resume.
+        If there are too few pictures, nothing to resume, or a network of other sizes.
     """
     settings = ClassifierSettings(patches=patches, seed=seed)
     trainer = ClassifierTrainer(settings, Pictures.load(data), output.with_suffix(".state"))
     if resume:
         trainer.resume()
     trainer.run()
+    take_encoder(trainer.average, load_model(network))
     cases = validation_set(trainer.pictures)
     # Calibrated and scored as it will be read: with its convolutions rounded to float16.
     for value in trainer.average.parameters():

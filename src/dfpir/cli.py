@@ -215,7 +215,10 @@ def add_train(commands: Commands) -> None:
     parser.add_argument("--device", default="auto", metavar="DEVICE")
     parser.add_argument("--resume", action="store_true", help="go on from OUT's .state file")
     parser.add_argument(
-        "--from", dest="start", metavar="NAME|PATH", help="start from these weights"
+        "--from",
+        dest="start",
+        metavar="NAME|PATH",
+        help="start from these weights; a classifier takes over their first levels",
     )
     parser.add_argument(
         "--classifier", action="store_true", help="train the classifier, not the network"
@@ -577,6 +580,7 @@ def run_train(options: argparse.Namespace) -> int:
             options.data,
             options.output,
             resume=options.resume,
+            network=options.start,
             **{name: value for name, value in given.items() if value is not None},
         )
     else:

@@ -518,7 +518,6 @@ class _Passes:
 
     def __init__(
         self,
-        model: DFPIR,
         indices: Tensor,
         given: Attention | None,
         *,
@@ -526,13 +525,14 @@ class _Passes:
         rows: int | None,
         on_progress: Progress | None,
         pixels: int,
+        passes: int,
     ) -> None:
         self.indices, self.shared, self.rows = indices, shared, rows
         self.given: Iterator[Tensor] | None = None if given is None else iter(given)
         self.matrices: list[Tensor] = []
         self.on_progress = on_progress
         self.steps_per_pass = max(round(pixels / PIXELS_PER_STEP), 1)
-        self.total = self.steps_per_pass * model.passes(measured=given is None)
+        self.total = self.steps_per_pass * passes
         self.begun = self.done = self.pixels = self.all_pixels = 0
 
     def begin(self, features: Tensor) -> None:
@@ -632,28 +632,82 @@ class _Passes:
         )
 
 
-class DFPIR(nn.Module):
+def level(config: DFPIRConfig, channels: int, depth: int, count: int) -> nn.ModuleList:
+    """Return `count` transformer blocks."""
+    heads, expansion = config.heads[depth], config.expansion
+    return nn.ModuleList(TransformerBlock(channels, heads, expansion) for _ in range(count))
+
+
+class Encoder(nn.Module):
+    """The first levels of the network, before it is told a degradation.
+
+    They have to find out for themselves what is picture and what is damage; `describe` says what
+    they see.
+
+    Parameters
+    ----------
+    config : DFPIRConfig
+    levels : int
+        How many of the three.
+    """
+
+    def __init__(self, config: DFPIRConfig, levels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = full(3 * config.stem**2, config.width)
+        self.encoder = nn.ModuleList(
+            level(config, config.channels(depth), depth, config.blocks[depth])
+            for depth in range(levels)
+        )
+        self.down = nn.ModuleList(
+            full(config.channels(depth), config.channels(depth) // 2) for depth in range(levels - 1)
+        )
+
+    def descend(self, pixels: Tensor, way: _Definition | _Passes) -> Iterator[Tensor]:
+        """Yield the features of each level, whoever computes them."""
+        stem = self.config.stem
+        features = way.arrange(F.pixel_unshuffle(pixels, stem) if stem > 1 else pixels)
+        features = way.convolve(self.embed, features)
+        for depth, blocks in enumerate(self.encoder):
+            if depth > 0:
+                features = way.down(convolution(self.down[depth - 1]), features)
+            for block in blocks_of(blocks):
+                features = way.transform(block, features)
+            yield features
+
+    @torch.no_grad()
+    def describe(self, windows: Tensor) -> Tensor:
+        """Return mean and standard deviation of every channel over all pixels of `windows`.
+
+        Parameters
+        ----------
+        windows : Tensor, (N, 3, H, W), values about 0..1
+            Parts of one picture, which share their attention.
+
+        Returns
+        -------
+        Tensor, (2 * channels of all levels,)
+            Level by level the means, then the deviations.
+        """
+        padded = pad_to_multiple(windows, self.config.multiple)
+        untold = torch.zeros(len(windows), dtype=torch.int64, device=windows.device)
+        run = _Passes(untold, None, shared=True, rows=None, on_progress=None, pixels=1, passes=1)
+        described = []
+        for features in self.descend(padded, run):
+            deviation, mean = torch.std_mean(features, dim=(0, 1, 2), correction=0)
+            described += [mean, deviation]
+        return torch.cat(described)
+
+
+class DFPIR(Encoder):
     """All-in-one restoration network: Restormer's U with a DGPB on each skip and the latent."""
 
     def __init__(self, config: DFPIRConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or DFPIRConfig.paper()
+        config = config or DFPIRConfig.paper()
+        super().__init__(config, levels=3)
         width, stem = config.width, config.stem
-
-        def level(channels: int, depth: int, count: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                TransformerBlock(channels, config.heads[depth], config.expansion)
-                for _ in range(count)
-            )
-
-        self.embed = full(3 * stem**2, width)
-        self.encoder = nn.ModuleList(
-            level(config.channels(depth), depth, config.blocks[depth]) for depth in range(3)
-        )
-        self.down = nn.ModuleList(
-            full(config.channels(depth), config.channels(depth) // 2) for depth in range(3)
-        )
-        self.latent = level(config.channels(3), 3, config.blocks[3])
+        self.down.append(full(config.channels(2), config.channels(2) // 2))
+        self.latent = level(config, config.channels(3), 3, config.blocks[3])
         self.perturbations = nn.ModuleList(
             DGPB(
                 config.channels(depth),
@@ -671,10 +725,15 @@ class DFPIR(nn.Module):
             pointwise(2 * config.channels(depth), config.channels(depth)) for depth in (1, 2)
         )
         self.decoder = nn.ModuleList(
-            level(2 * width if depth == 0 else config.channels(depth), depth, config.blocks[depth])
+            level(
+                config,
+                2 * width if depth == 0 else config.channels(depth),
+                depth,
+                config.blocks[depth],
+            )
             for depth in range(3)
         )
-        self.refinement = level(2 * width, 0, config.refinement_blocks)
+        self.refinement = level(config, 2 * width, 0, config.refinement_blocks)
         self.output = full(2 * width, 3 * stem**2)
 
     def forward(
@@ -761,13 +820,13 @@ class DFPIR(nn.Module):
         height, width = pixels.shape[-2:]
         padded = pad_to_multiple(pixels, self.config.multiple)
         run = _Passes(
-            self,
             indices,
             attention,
             shared=shared,
             rows=rows,
             on_progress=on_progress,
             pixels=padded[:, 0].numel() // self.config.stem**2,
+            passes=self.passes(measured=attention is None),
         )
         restored = self._walk(padded, run)[..., :height, :width]
         return restored, tuple(run.matrices)
@@ -814,18 +873,10 @@ class DFPIR(nn.Module):
 
     def _walk(self, pixels: Tensor, way: _Definition | _Passes) -> Tensor:
         """Go down and up the U, whoever computes its parts."""
-        stem = self.config.stem
         # The correction is added to pixels as they were given, not rounded to a half precision of
         # the weights.
-        rounded = pixels.to(self.embed.weight.dtype)
-        features = way.arrange(F.pixel_unshuffle(rounded, stem) if stem > 1 else rounded)
-        features = way.convolve(self.embed, features)
-        skips = []
-        for level, down in zip(self.encoder, self.down, strict=True):
-            for block in blocks_of(level):
-                features = way.transform(block, features)
-            skips.append(features)
-            features = way.down(convolution(down), features)
+        skips = list(self.descend(pixels.to(self.embed.weight.dtype), way))
+        features = way.down(convolution(self.down[2]), skips[-1])
         for block in blocks_of(self.latent):
             features = way.transform(block, features)
         features = way.perturb(self.perturbation(3), features)
@@ -843,7 +894,7 @@ class DFPIR(nn.Module):
         for block in blocks_of(self.refinement):
             features = way.transform(block, features)
         correction = way.picture(way.convolve(self.output, features))
-        if stem > 1:
-            correction = F.pixel_shuffle(correction, stem)
+        if self.config.stem > 1:
+            correction = F.pixel_shuffle(correction, self.config.stem)
         restored: Tensor = pixels + correction
         return restored
