@@ -113,14 +113,14 @@ def filter_weights_kernel(  # type: ignore[no-untyped-def]
 def blocks(channels: int, *, sums: bool) -> dict[str, int]:
     """Return the block sizes for so many channels, and the warps that share a block.
 
-    `sums` over pixels take larger blocks than the filter itself.
+    Of those that spill no registers the fastest on an H200, where eight warps took twice as long
+    as four. `sums` over pixels take larger blocks than the filter itself.
     """
-    wide = channels % 64 == 0
     return {
-        "BLOCK_ROWS": 8 if sums else 4,
-        "BLOCK_COLUMNS": 16,
-        "BLOCK_CHANNELS": 64 if wide else 32,
-        "num_warps": 8 if wide else 4,  # with fewer, registers are spilled
+        "BLOCK_ROWS": 4,
+        "BLOCK_COLUMNS": 16 if sums else 8,
+        "BLOCK_CHANNELS": 64 if channels % 64 == 0 else 32,
+        "num_warps": 4,
     }
 
 
