@@ -407,6 +407,15 @@ def test_overflow_in_half_precision_is_done_again_in_single(tiny_model):
     assert "float16" in done.report and half.dtype is torch.float16
 
 
+@pytest.mark.parametrize("tiling", [None, Tiling(64, 16, statistics="sampled")])
+def test_half_precision_does_not_round_the_pixels(tiny_model, tiling):
+    with torch.no_grad():
+        tiny_model.output.weight.zero_()
+    pixels = torch.rand(1, 3, 100, 90)
+    half = Restorer(model=tiny_model.to(torch.bfloat16))
+    assert torch.equal(half.restore_pixels(pixels, "rain", tiling=tiling).image, pixels)
+
+
 def test_damaged_weights_are_noticed(restorer):
     with torch.no_grad():
         restorer.model.output.weight.fill_(torch.nan)

@@ -74,6 +74,42 @@ def test_nothing_to_resume_is_said(pictures, tmp_path):
         trainer(pictures, tmp_path).resume()
 
 
+def test_a_state_of_another_device_resumes(pictures, tmp_path):
+    trainer(pictures, tmp_path).save()
+    path = tmp_path / "run.state"
+    state = torch.load(path, weights_only=True)
+    del state["best"]
+    for optimizer in state["optimizers"]:
+        group = optimizer["param_groups"][0]
+        group |= {key: True for key in ("capturable",) if key in group} | {"lr": 0.5}
+    torch.save(state, path)
+    resumed = trainer(pictures, tmp_path)
+    resumed.resume()
+    assert not any(each.param_groups[0].get("capturable") for each in resumed.optimizers)
+    resumed.set_learning_rate(0.25)
+    assert all(float(each.param_groups[0]["lr"]) == 0.25 for each in resumed.optimizers)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_are_those_of_compute(pictures, tmp_path):
+    def losses(recorded):
+        settings = dataclasses.replace(SETTINGS, batch=8, part=4)
+        run = Trainer(
+            SMALL_COMPACT, settings, pictures, torch.device("cuda"), tmp_path / "run.state"
+        )
+        for value in run.model.parameters():
+            value.grad = torch.zeros_like(value)
+        steps = RecordedSteps(run)
+        found = []
+        for _ in range(4):
+            run.set_learning_rate(1e-3)
+            found.append(float(steps.take() if recorded else steps.compute(run.draw(run.step))))
+            run.step += 1
+        return found
+
+    assert losses(recorded=True) == pytest.approx(losses(recorded=False), rel=1e-2)
+
+
 def test_learning_rate_rises_then_falls():
     settings = TrainingSettings(patches=1000, batch=10, warmup=100, learning_rate=1.0)
     rates = [training.learning_rate(settings, seen) for seen in range(0, 1010, 10)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,28 +47,31 @@ class RecordedSteps:
             for _ in range(2)
         ]
         self.drawing, self.working = streams
-        self.pool = ThreadPoolExecutor(1)
+        self.drawer = ThreadPoolExecutor(1)
+        # Of the first graph, for all others too: they never run together.
+        self.memory: Any = None
         self.ahead: deque[Future[list[Part]]] = deque()
         self.next = trainer.step
 
     def take(self) -> Tensor:
         """Take one step and return its mean absolute error (), without waiting for it."""
         while len(self.ahead) < AHEAD:
-            self.ahead.append(self.pool.submit(self.draw, self.next))
+            self.ahead.append(self.drawer.submit(self.draw, self.next))
             self.next += 1
         parts = self.ahead.popleft().result()
         shapes = tuple(part.inputs.shape for part in parts)
-        if shapes not in self.recordings:
-            wait(self.ahead)  # nothing else shall happen on the card meanwhile
-            self.recordings[shapes] = self.record(parts)
-        recording = self.recordings[shapes]
-        stream = torch.cuda.current_stream()
-        for place, part in zip(recording.parts, parts, strict=True):
-            for there, here in zip(place[:3], part[:3], strict=True):
-                there.copy_(here)
-                here.record_stream(stream)
-        recording.graph.replay()
-        return recording.error.clone()
+        with torch.cuda.device(self.trainer.device):
+            if shapes not in self.recordings:
+                wait(self.ahead)  # nothing else shall happen on the card meanwhile
+                self.recordings[shapes] = self.record(parts)
+            recording = self.recordings[shapes]
+            stream = torch.cuda.current_stream()
+            for place, part in zip(recording.parts, parts, strict=True):
+                for there, here in zip(place[:3], part[:3], strict=True):
+                    there.copy_(here)
+                    here.record_stream(stream)
+            recording.graph.replay()
+            return recording.error.clone()
 
     def draw(self, step: int) -> list[Part]:
         """Draw the pictures of a step on the drawing stream, and wait for them."""
@@ -78,7 +81,7 @@ class RecordedSteps:
         return parts
 
     def record(self, drawn: Sequence[Part]) -> _Recording:
-        """Record a step of parts with these shapes; the network stays as it is."""
+        """Record a step of parts with these shapes; network and optimisers stay as they are."""
         trainer = self.trainer
         parts = [
             part._replace(**{k: getattr(part, k).clone() for k in part._fields[:3]})
@@ -87,7 +90,7 @@ class RecordedSteps:
         for value in trainer.model.parameters():
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
-        rates = [group["lr"].clone() for each in trainer.optimizers for group in each.param_groups]
+        before = {id(value): value.clone() for value in self.changed()}
         self.working.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.working):
             trainer.set_learning_rate(0.0)
@@ -95,12 +98,25 @@ class RecordedSteps:
                 self.compute(parts)
         torch.cuda.current_stream().wait_stream(self.working)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.working, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self.memory, stream=self.working, capture_error_mode="thread_local"
+        ):
             error = self.compute(parts)
-        groups = [group for each in trainer.optimizers for group in each.param_groups]
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"].copy_(rate)
+        self.memory = graph.pool()
+        for changed in self.changed():
+            if id(changed) in before:
+                changed.copy_(before[id(changed)])
+            else:
+                changed.zero_()  # a moment or a count that the warm-ups began
         return _Recording(graph, parts, error)
+
+    def changed(self) -> list[Tensor]:
+        """Return the optimisers' tensors that a step changes, or that decide its size."""
+        values: list[Tensor] = []
+        for optimizer in self.trainer.optimizers:
+            values += [group["lr"] for group in optimizer.param_groups]
+            values += [value for state in optimizer.state.values() for value in state.values()]
+        return values
 
     def compute(self, parts: Sequence[Part]) -> Tensor:
         """Compute gradients, clip them and let the optimisers step; return the mean error."""

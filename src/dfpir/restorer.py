@@ -751,7 +751,8 @@ class Restorer:
     ) -> Tensor:
         """Apply the network to one image in one way; the result is on the network's device."""
         with torch.inference_mode():
-            given = pixels.to(self.device, self.dtype)
+            # The correction of a network in half precision is added to pixels that are not rounded.
+            given = pixels.to(self.device, torch.promote_types(self.dtype, torch.float32))
             if not isinstance(way, Tiling):
                 return self.model(given, degradation, rows=way, on_progress=on_progress)  # type: ignore[no-any-return]
             if attention is None:

@@ -103,11 +103,11 @@ def spread(length: int, side: int, count: int) -> list[int]:
 
 
 def windows(height: int, width: int, side: int, most: int) -> list[tuple[slice, slice]]:
-    """Return evenly spread square windows, at most about `most`, at least one.
+    """Return evenly spread square windows, at most `most`, at least one.
 
     Windows are smaller than `side` where the image is.
     """
-    down = min(-(-height // side), max(round((most * height / width) ** 0.5), 1))
+    down = min(-(-height // side), most, max(round((most * height / width) ** 0.5), 1))
     across = min(-(-width // side), max(most // down, 1))
     tall, wide = min(side, height), min(side, width)
     return [

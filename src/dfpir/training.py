@@ -470,9 +470,13 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            # The state may come from another device: what belongs to this one stays.
+            [group] = optimizer.param_groups
+            own: dict[str, Any] = {key: group[key] for key in ("lr", "capturable") if key in group}
             optimizer.load_state_dict(values)
+            optimizer.param_groups[0].update(own)
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]
-        self.best = state["best"]
+        self.best = state.get("best")
 
     def start_from(self, model: DFPIR) -> None:
         """Begin with the weights and channel orders of `model`.

@@ -71,25 +71,34 @@ def test_a_failed_probe_is_one_line_in_the_log(monkeypatch, caplog, error):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "gradient", "reason"),
+    ("device", "dtype", "reason"),
     [
-        (CUDA, torch.float32, True, "gradient"),
-        (CUDA, torch.float64, False, "float64"),
-        (CPU, torch.float32, False, "on cpu"),
-        (torch.device("mps"), torch.float32, False, "on mps"),
-        (CUDA, torch.float32, False, "no compiler"),
+        (CUDA, torch.float64, "float64"),
+        (CPU, torch.float32, "on cpu"),
+        (torch.device("mps"), torch.float32, "on mps"),
+        (CUDA, torch.float32, "no compiler"),
     ],
 )
-def test_insisting_on_triton_tells_the_reason(monkeypatch, device, dtype, gradient, reason):
+def test_insisting_on_triton_tells_the_reason(monkeypatch, device, dtype, reason):
     monkeypatch.setenv("DFPIR_KERNELS", "triton")
     fails(monkeypatch, RuntimeError("no compiler"))
     with pytest.raises(RuntimeError, match=rf"'triton', but .*{reason}.*'torch'"):
-        backend.use_triton(device, dtype, gradient)
+        backend.use_triton(device, dtype, gradient=False)
 
 
-def features(dtype=torch.float32, device=CUDA):
+def test_nothing_is_insisted_on_for_gradients_or_beside_the_card(monkeypatch):
+    """Training has its own kernel, and the classifier stays on the processor."""
+    monkeypatch.setenv("DFPIR_KERNELS", "triton")
+    works(monkeypatch)
+    assert not backend.use_triton(CUDA, torch.float32, gradient=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not backend.use_triton(CPU, torch.float32, gradient=False)
+
+
+def features(dtype=torch.float32, device=CUDA, requires_grad=True):
     """What the choice looks at."""
-    return SimpleNamespace(dtype=dtype, device=device, is_cuda=device.type == "cuda")
+    is_cuda = device.type == "cuda"
+    return SimpleNamespace(dtype=dtype, device=device, is_cuda=is_cuda, requires_grad=requires_grad)
 
 
 def test_the_filter_s_kernel_is_for_gradients_on_cuda(monkeypatch):
@@ -99,6 +108,7 @@ def test_the_filter_s_kernel_is_for_gradients_on_cuda(monkeypatch):
     assert not backend.use_filter(features(torch.float64))
     with torch.no_grad():
         assert not backend.use_filter(features())
+    assert not backend.use_filter(features(requires_grad=False))
     monkeypatch.setenv("DFPIR_KERNELS", "torch")
     assert not backend.use_filter(features())
 

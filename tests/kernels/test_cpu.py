@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import SMALL, assert_equal, random_model
+from conftest import assert_equal, random_model
 from dfpir import kernels
 from dfpir.degradation import Degradation
 from dfpir.kernels import cpu, reference
@@ -41,13 +41,13 @@ def block(channels, heads, expansion=2.66):
 def passes_over(images, rows):
     """What a block needs to run on its own."""
     return _Passes(
-        random_model(SMALL),
         torch.zeros(len(images), dtype=torch.int64),
         None,
         shared=False,
         rows=rows,
         on_progress=None,
         pixels=images[:, 0].numel(),
+        passes=1,
     )
 
 

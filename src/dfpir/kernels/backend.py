@@ -49,10 +49,8 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
 
 
-def obstacle(device: torch.device, dtype: torch.dtype, gradient: bool) -> str:
+def obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Return why the kernels cannot serve such tensors, or nothing if they can."""
-    if gradient:
-        return "a gradient is wanted, and the kernels have none"
     if dtype not in DTYPES:
         return f"the kernels know float32, float16 and bfloat16, not {dtype}"
     if device.type != "cuda" and not interpreted():
@@ -61,7 +59,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, gradient: bool) -> str:
 
 
 def use_triton(device: torch.device, dtype: torch.dtype, gradient: bool) -> bool:
-    """Whether the kernels serve tensors of this device and precision.
+    """Whether the kernels serve tensors of this device and precision, where no gradient is wanted.
 
     Raises
     ------
@@ -69,9 +67,11 @@ def use_triton(device: torch.device, dtype: torch.dtype, gradient: bool) -> bool
         If ``DFPIR_KERNELS`` is ``triton`` and they cannot.
     """
     wanted = requested()
-    if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
+    if gradient or wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return False
-    reason = obstacle(device, dtype, gradient)
+    if device.type == "cpu" and torch.cuda.is_available():
+        return False  # beside the card, where the classifier works
+    reason = obstacle(device, dtype)
     if reason and wanted == "triton":
         message = (
             f"DFPIR_KERNELS is 'triton', but {reason}. Set it to 'auto' for the kernels where they "
@@ -85,6 +85,7 @@ def use_filter(features: Tensor) -> bool:
     """Whether the kernel of the depthwise filter, which has a gradient, serves these features."""
     return (
         torch.is_grad_enabled()
+        and features.requires_grad  # else the others serve, which know no kernel
         and features.dtype in DTYPES
         and (features.is_cuda or (interpreted() and requested() == "triton"))
         and requested() != "torch"

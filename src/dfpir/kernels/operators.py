@@ -5,12 +5,25 @@ Triton is imported when an operator first runs. Only `filter` has a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("dfpir", "DEF")  # type: ignore[no-untyped-call]
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs on the card of its first argument: Triton asks for no other."""
+
+    @wraps(function)
+    def guarded(features: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(features):  # type: ignore[no-untyped-call]
+            return function(features, *arguments)
+
+    return guarded
 
 
 def project(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -65,7 +78,7 @@ def gate(
     launch(hidden, filters, project_out, residual, out, above, below)
 
 
-def filter_rows(features: Tensor, filters: Tensor) -> Tensor:
+def filter_channels(features: Tensor, filters: Tensor) -> Tensor:
     """Filter each channel of (N, H, W, C); see `reference.depthwise`."""
     from dfpir.kernels.triton_filter import launch
 
@@ -101,7 +114,7 @@ def fake_correlate(
 
 
 def fake_filter(features: Tensor, filters: Tensor) -> Tensor:
-    """Return an empty tensor such as `filter_rows` returns."""
+    """Return an empty tensor such as `filter_channels` returns."""
     return features.new_empty(features.shape)
 
 
@@ -137,7 +150,7 @@ for name, schema, function, fake in (
         gate,
         fake_writer,
     ),
-    ("filter", "(Tensor features, Tensor filters) -> Tensor", filter_rows, fake_filter),
+    ("filter", "(Tensor features, Tensor filters) -> Tensor", filter_channels, fake_filter),
     (
         "filter_weights",
         "(Tensor features, Tensor slope) -> Tensor",
@@ -146,7 +159,7 @@ for name, schema, function, fake in (
     ),
 ):
     LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, on_its_device(function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"dfpir::{name}", fake, lib=LIBRARY)
 
 

@@ -14,8 +14,10 @@ def precision(tensor: torch.Tensor) -> str:
 
 
 def hopper(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is on a card whose products take factors from shared memory (sm_90)."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    """Whether the tensor is on a card such as the H100 and H200, sm_90, and no other."""
+    if not tensor.is_cuda or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(tensor.device)[0] == 9
 
 
 def by_tap(filters: torch.Tensor) -> torch.Tensor:
