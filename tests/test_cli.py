@@ -132,7 +132,12 @@ def test_usage_errors_take_one_line(arguments, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train", "--data", "absent", "-o", "a.safetensors"], ["train", "--data", ".", "-o", "a.pt"]],
+    [
+        ["train", "--data", "absent", "-o", "a.safetensors"],
+        ["train", "--data", ".", "-o", "a.pt"],
+        ["train", "--data", ".", "-o", "a.safetensors", "--part", "0"],
+        ["train", "--data", ".", "-o", "a.safetensors", "--classifier", "--batch", "4"],
+    ],
 )
 def test_training_checks_its_arguments(arguments, capsys):
     assert run(*arguments) == 2

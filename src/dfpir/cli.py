@@ -571,6 +571,14 @@ def run_train(options: argparse.Namespace) -> int:
     if options.output.suffix != ".safetensors":
         message = f"--output {options.output} should end in .safetensors"
         raise UsageError(message)
+    for name in ("patches", "batch", "part", "patch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            message = f"--{name} is {value}; expected 1 or more"
+            raise UsageError(message)
+        if value is not None and options.classifier and name != "patches":
+            message = f"--{name} is for the network, not for the classifier; leave it out"
+            raise UsageError(message)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.classifier:
         from dfpir.classifier_training import train_classifier
