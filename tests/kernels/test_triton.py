@@ -173,7 +173,7 @@ def kept_by(sums, kept):
 @each_dtype
 def test_the_scores_kept_are_the_same(dtype):
     """In half precision a score may cross the threshold only if it is next to it."""
-    query, key = (draw(2, 16, 16, 96, dtype=dtype, seed=seed) for seed in (0, 1))
+    query, key = (draw(1, 16, 16, 96, dtype=dtype, seed=seed) for seed in (0, 1))
     key = key + query.roll(1, dims=-1)  # scores that differ
     filters = [draw(96, 1, 3, 3, dtype=dtype, seed=seed) for seed in (2, 3)]
     found = torch.ops.dfpir.correlate(query, key, *filters, 2, 0, 0)
@@ -199,14 +199,14 @@ def test_the_scores_kept_are_the_same(dtype):
     ],
 )
 def test_the_network_equals_its_definition(monkeypatch, config, dtype, rows):
-    both = [Degradation.RAIN, Degradation.NOISE_50]
+    told = [Degradation.RAIN, Degradation.NOISE_50][: 2 if rows else 1]  # interpreting is slow
     model = random_model(config).to(DEVICE).requires_grad_(False)
-    x = torch.rand(2, 3, 7, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    x = torch.rand(len(told), 3, 7, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     with torch.no_grad():
-        expected = model.define(x, both)
+        expected = model.define(x, told)
         monkeypatch.setenv("DFPIR_KERNELS", "triton")
         assert kernels.passes_for(x).__name__ == "dfpir.kernels.fused"
-        found = model.to(dtype)(x.to(dtype), both, rows=rows)
+        found = model.to(dtype)(x.to(dtype), told, rows=rows)
     assert found.dtype == dtype
     assert_equal(found, expected, dtype)
 
