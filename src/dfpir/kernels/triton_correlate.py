@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfpir.kernels.triton_depthwise import by_tap, depthwise, hopper, operand, precision
+from dfpir.kernels.triton_depthwise import (
+    by_tap,
+    depthwise,
+    hopper,
+    operand,
+    pixels_of,
+    precision,
+)
 
 PROGRAMS = 1056
 """Programs in all, about: a few for each processor of a large card."""
@@ -55,16 +62,13 @@ def correlate_kernel(  # type: ignore[no-untyped-def]
     key_within = key_block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     key_known = key_within < D
     key_channel = head * D + key_within
-    index = tl.arange(0, P)
-    across = tl.cdiv(width, BLOCK_COLUMNS)
-    tiles = across * tl.cdiv(written, BLOCK_ROWS)
+    tiles = tl.cdiv(width, BLOCK_COLUMNS) * tl.cdiv(written, BLOCK_ROWS)
     identity = within[:, None] == within[None, :]
     gram = tl.zeros((BLOCK_D, BLOCK_KEYS), dtype=tl.float32)
     query_squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
     key_squares = tl.zeros((BLOCK_KEYS,), dtype=tl.float32)
     for tile in range(split, tiles, splits):
-        row = tile // across * BLOCK_ROWS + index // BLOCK_COLUMNS
-        column = tile % across * BLOCK_COLUMNS + index % BLOCK_COLUMNS
+        row, column = pixels_of(tile, width, BLOCK_ROWS, BLOCK_COLUMNS)
         inside = (row < written) & (column < width)
         left = depthwise(
             query + image * stride_image,

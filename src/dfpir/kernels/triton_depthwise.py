@@ -39,6 +39,21 @@ def operand(tensor: torch.Tensor) -> object:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def pixels_of(  # type: ignore[no-untyped-def]
+    tile,  # int64, counted along the rows of tiles
+    width,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Return rows and columns (P,), int64, of the pixels of a tile, which may reach beyond."""
+    index = tl.arange(0, BLOCK_ROWS * BLOCK_COLUMNS)
+    across = tl.cdiv(width, BLOCK_COLUMNS)
+    row = tile // across * BLOCK_ROWS + index // BLOCK_COLUMNS
+    column = tile % across * BLOCK_COLUMNS + index % BLOCK_COLUMNS
+    return row, column
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def depthwise(  # type: ignore[no-untyped-def]
     source,  # pointer to pixel (0, 0) of an image (H, W, C)
     filters,  # (9, all channels), float32

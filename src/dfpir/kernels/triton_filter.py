@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfpir.kernels.triton_depthwise import by_tap, depthwise
+from dfpir.kernels.triton_depthwise import by_tap, depthwise, pixels_of
 
 PROGRAMS = 1024
 """Programs in all that share the sums over pixels, about."""
@@ -34,10 +34,7 @@ def filter_kernel(  # type: ignore[no-untyped-def]
     channel = tl.program_id(1).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     start = tl.program_id(2).to(tl.int64) * height * width * channels
     known = channel < channels
-    index = tl.arange(0, P)
-    across = tl.cdiv(width, BLOCK_COLUMNS)
-    row = tile // across * BLOCK_ROWS + index // BLOCK_COLUMNS
-    column = tile % across * BLOCK_COLUMNS + index % BLOCK_COLUMNS
+    row, column = pixels_of(tile, width, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (row < height) & (column < width)
     result = depthwise(
         features + start,
@@ -76,20 +73,16 @@ def filter_weights_kernel(  # type: ignore[no-untyped-def]
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """Compute, for some of the tiles, s[t, c] = sum over p of slope[p, c] x[p + t, c]."""
-    P: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS
     split, image = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     splits, images = tl.num_programs(0), tl.num_programs(2)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     start = image * height * width * channels
     known = channel < channels
-    index = tl.arange(0, P)
-    across = tl.cdiv(width, BLOCK_COLUMNS)
-    tiles = across * tl.cdiv(height, BLOCK_ROWS)
+    tiles = tl.cdiv(width, BLOCK_COLUMNS) * tl.cdiv(height, BLOCK_ROWS)
     tap = tl.arange(0, 16)
     total = tl.zeros((16, BLOCK_CHANNELS), dtype=tl.float32)
     for tile in range(split, tiles, splits):
-        row = tile // across * BLOCK_ROWS + index // BLOCK_COLUMNS
-        column = tile % across * BLOCK_COLUMNS + index % BLOCK_COLUMNS
+        row, column = pixels_of(tile, width, BLOCK_ROWS, BLOCK_COLUMNS)
         inside = (row < height) & (column < width)
         at = start + ((row * width + column) * channels)[:, None] + channel[None, :]
         out = tl.load(slope + at, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)

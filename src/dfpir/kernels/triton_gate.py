@@ -6,7 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dfpir.kernels.triton_depthwise import by_tap, depthwise, hopper, operand, precision
+from dfpir.kernels.triton_depthwise import (
+    by_tap,
+    depthwise,
+    hopper,
+    operand,
+    pixels_of,
+    precision,
+)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -48,10 +55,7 @@ def gate_kernel(  # type: ignore[no-untyped-def]
     P: tl.constexpr = BLOCK_ROWS * BLOCK_COLUMNS
     tile = tl.program_id(0).to(tl.int64)
     image = tl.program_id(1).to(tl.int64)
-    across = tl.cdiv(width, BLOCK_COLUMNS)
-    index = tl.arange(0, P)
-    row = tile // across * BLOCK_ROWS + index // BLOCK_COLUMNS  # (P,)
-    column = tile % across * BLOCK_COLUMNS + index % BLOCK_COLUMNS
+    row, column = pixels_of(tile, width, BLOCK_ROWS, BLOCK_COLUMNS)
     inside = (row < written) & (column < width)
     output = tl.arange(0, BLOCK_CHANNELS)  # (C,)
     source = hidden + image * stride_image
