@@ -1,7 +1,7 @@
 """The Muon optimiser, for matrices: momentum whose singular values are all made about one.
 
 PyTorch has a Muon of its own. It takes nothing but two-dimensional parameters, which the weights
-of a convolution are not, and multiplies in bfloat16, for which most processors have no
+of a convolution are not, and multiplies in bfloat16 always, for which most processors have no
 instructions.
 """
 
@@ -59,6 +59,8 @@ class Muon(torch.optim.Optimizer):
         Matrices, or weights of convolutions, which are flattened to (outputs, inputs).
     lr : float or Tensor, ()
     momentum, weight_decay : float
+    dtype : torch.dtype
+        In which updates are orthogonalised; bfloat16 is precise enough where it is fast.
     """
 
     def __init__(
@@ -67,9 +69,11 @@ class Muon(torch.optim.Optimizer):
         lr: float | Tensor,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(parameters, defaults)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -79,9 +83,8 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 shapes.setdefault(parameter.flatten(1).shape, []).append(parameter)
             for shape, parameters in shapes.items():
-                updates = orthogonalised(
-                    torch.stack([self.direction(each, group["momentum"]) for each in parameters])
-                )
+                directions = [self.direction(each, group["momentum"]) for each in parameters]
+                updates = orthogonalised(torch.stack(directions).to(self.dtype)).float()
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
