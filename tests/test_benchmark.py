@@ -63,6 +63,27 @@ def test_no_time_without_a_passed_check(monkeypatch):
     assert row.note == "differs from the definition"
 
 
+@pytest.mark.parametrize(
+    ("error", "plain", "equal"),
+    [
+        (0.9e-5, None, True),
+        (1.1e-5, None, False),
+        (1.1e-5, 0.9e-5, False),
+        (2.1e-5, 2e-5, True),
+        (2.3e-5, 2e-5, False),
+        (float("nan"), 2e-5, False),
+        (1.1e-5, float("nan"), False),
+    ],
+)
+def test_equal_is_within_the_tolerance_or_as_near_as_the_definition(error, plain, equal):
+    case = ("paper", 8, 8)
+    row = Row(*case, "dfpir", "float32", error=error)
+    definition = Row(*case, "plain", "float32", error=plain)
+    coarser = Row(*case, "plain", "bfloat16", error=0.1)  # which lends no other precision its bar
+    assert module.is_equal(row, [coarser, definition, row]) == equal
+    assert row.note == ("" if equal else "differs from the definition")
+
+
 def test_where_memory_is_short_strips_in_single_precision_are_the_check(monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     plain, ours = tiny_run().rows

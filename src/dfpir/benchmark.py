@@ -2,7 +2,8 @@
 
 All variants of a case run in one process, in turn, on the same weights and the same picture. A time
 is reported only where the result equals the definition's, computed in double precision in the same
-run. Memory is measured in a process of its own.
+run: to a tolerance, or as nearly as the plain definition itself in the variant's precision. Memory
+is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest relative L2 distance from the definition that counts as equal."""
+
+AS_NEAR = 1.1
+"""So many times the distance that the plain definition has in a precision counts as equal too.
+
+Random weights and many pixels take that beyond the tolerance: what a precision costs is no fault of
+whoever computes in it."""
 
 GEMM_SIDE = 2048
 SLOW_GEMM = 5.0
@@ -405,6 +412,16 @@ def expected_result(
     return restored, dtype
 
 
+def is_equal(row: Row, rows: Sequence[Row]) -> bool:
+    """Say whether a result counts as equal to the definition's, and note it where it does not."""
+    plain = (other for other in rows if (other.variant, other.dtype) == ("plain", row.dtype))
+    definition = next((other.error for other in plain if other.error is not None), 0.0)
+    equal = row.error is not None and row.error <= max(TOLERANCE[row.dtype], AS_NEAR * definition)
+    if not equal:
+        row.note = "differs from the definition"
+    return equal
+
+
 def run_case(
     config: DFPIRConfig,
     rows: Sequence[Row],
@@ -422,7 +439,7 @@ def run_case(
     fits = memory_needed(config, (height, width), torch.float32) < FREE_SHARE * free_memory(device)
     expected, precision = expected_result(config, original, device)
     with torch.inference_mode():
-        ready: list[tuple[Row, partial[Tensor]]] = []
+        checked: list[tuple[Row, partial[Tensor]]] = []
         for row in rows:
             if row.variant != "dfpir" and not fits:
                 row.note = "does not fit into memory"
@@ -435,11 +452,9 @@ def run_case(
             except RuntimeError as error:
                 row.note = str(error).splitlines()[0]
                 continue
-            if row.error <= TOLERANCE[row.dtype]:
-                ready.append((row, work))
-            else:
-                row.note = "differs from the definition"
+            checked.append((row, work))
             advance()
+        ready = [(row, work) for row, work in checked if is_equal(row, rows)]
         for _ in range(repeats):
             for row, work in ready:
                 if sum(row.seconds) < SECONDS:
