@@ -1,18 +1,22 @@
-"""What slides take: memory, throughput on a cluster, and whether blocks can be seen.
+"""What large pictures take: memory, a cluster's throughput, seams, and how soon work stops.
 
-    python tests/slides_measured.py memory [--side 20000]
-    python tests/slides_measured.py cluster [--side 4096] [--rounds 3]
-    python tests/slides_measured.py seams [--side 4096] [--pictures FILE ...]
+    python tests/large_measured.py memory [--side 20000]
+    python tests/large_measured.py cluster [--side 4096] [--rounds 3]
+    python tests/large_measured.py seams [--side 4096] [--tile 512] [--pictures FILE ...]
+    python tests/large_measured.py cancel [--side 2048]
 
 `memory` restores a zarr array in a process of its own and reports the most it held. `cluster` does
 so on local workers of one thread each: one and two, in turn, then two of which one is killed
-halfway. `seams` compares blocks, with sampled statistics, to the picture restored as a whole, for
-every degradation. Not for Windows.
+halfway. `seams` compares blocks of a slide or, with `--tile`, tiles of a picture, both with sampled
+statistics, to the picture restored as a whole, for every degradation. `cancel` asks both presets to
+stop at moments spread over their work, and reports how long that takes. Not for Windows.
 """
 
 # ruff: noqa: T201 - a script; printing is what it is for
 
 import argparse
+import contextlib
+import itertools
 import os
 import pickle
 import resource
@@ -20,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -30,14 +35,19 @@ import zarr
 from skimage import data, transform
 from skimage.metrics import peak_signal_noise_ratio
 
-from dfpir import files, slides, synthesis, weights
+from dfpir import benchmark, files, slides, synthesis, weights
 from dfpir.degradation import Degradation
 from dfpir.restorer import Restorer
+from dfpir.tiling import Tiling
 from dfpir.zarr_files import restore_zarr
 
 BLOCK = slides.BLOCK
 
-SIDES = {"memory": 20_000, "cluster": 4096, "seams": 4096}
+SIDES = {"memory": 20_000, "cluster": 4096, "seams": 4096, "cancel": 2048}
+
+OVERLAP = 32
+MOMENTS = (0.02, 0.1, 0.25, 0.5)
+"""When to ask for a stop, of the time that the whole work takes."""
 
 
 def say(line):
@@ -200,33 +210,79 @@ def seams(options):
             degraded = (pixels[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
             target = (picture * 255).round().astype(np.uint8)
             whole = restorer.restore(degraded, kind).image
-            done = slides.restore_lazily(degraded, kind, device="cpu", rgb=True)
-            blocks = np.asarray(done.image)
-            seam = step_across(blocks, BLOCK) - step_across(whole, BLOCK)
+            if options.tile:
+                tiling = Tiling(options.tile, OVERLAP, statistics="sampled")
+                done = restorer.restore(degraded, kind, tiling=tiling)
+                blocks, border, statistics = done.image, options.tile, "sampled"
+            else:
+                slide = slides.restore_lazily(degraded, kind, device="cpu", rgb=True)
+                blocks, border = np.asarray(slide.image), BLOCK
+                statistics = slide.records[0].statistics
+            seam = step_across(blocks, border) - step_across(whole, border)
             ours, theirs, between = (
                 peak_signal_noise_ratio(*pair)
                 for pair in ((target, blocks), (target, whole), (whole, blocks))
             )
             losses.append(theirs - ours)
             say(
-                f"{name}, {kind.value} ({done.records[0].statistics}): seam {seam:+.2f} grey "
+                f"{name}, {kind.value} ({statistics}): seam {seam:+.2f} grey "
                 f"levels; to the whole {between:.1f} dB; to the original: whole {theirs:.2f}, "
                 f"blocks {ours:.2f} dB"
             )
     say(f"median loss: {np.median(losses):+.3f} dB")
 
 
+class Stopped(Exception):
+    """Raised by `on_progress`."""
+
+
+def seconds_to_stop(restorer, pixels, after):
+    """Ask for a stop after some seconds; return how long it takes from there."""
+    asked = []
+    timer = threading.Timer(after, lambda: asked.append(time.monotonic()))
+
+    def stop_if_asked(done, total):
+        if asked:
+            raise Stopped
+
+    timer.start()
+    with contextlib.suppress(Stopped):
+        restorer.restore_pixels(pixels, Degradation.RAIN, on_progress=stop_if_asked)
+    return time.monotonic() - asked[0]
+
+
+def cancel(options):
+    pixels = benchmark.picture(options.side, options.side)
+    for name, preset in benchmark.PRESETS.items():
+        restorer = Restorer(model=benchmark.network(preset()))
+        times = [time.monotonic()]
+        restorer.restore_pixels(
+            pixels, Degradation.RAIN, on_progress=lambda *_, t=times: t.append(time.monotonic())
+        )
+        times.append(time.monotonic())
+        silence = max(later - earlier for earlier, later in itertools.pairwise(times))
+        whole = times[-1] - times[0]
+        say(
+            f"{name}, {options.side} x {options.side}: {whole:.1f} s; longest time between two of "
+            f"{len(times) - 2} calls of on_progress {silence:.2f} s"
+        )
+        for moment in MOMENTS:
+            seconds = seconds_to_stop(restorer, pixels, whole * moment)
+            say(f"  asked to stop at {moment:.0%}: stopped after {seconds:.2f} s")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["memory", "cluster", "seams"])
+    parser.add_argument("what", choices=list(SIDES))
     parser.add_argument("--side", type=int)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tile", type=int, metavar="SIDE")
     parser.add_argument("--pictures", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args()
     options.side = options.side or SIDES[options.what]
-    {"memory": memory, "cluster": cluster, "seams": seams}[options.what](options)
+    {"memory": memory, "cluster": cluster, "seams": seams, "cancel": cancel}[options.what](options)
 
 
 if __name__ == "__main__":
