@@ -124,6 +124,20 @@ def test_tiles_leave_no_trace(tiles_of_few_pixels, height, width):
         assert_equal(from_rows(made.infer(to_rows(x), passes_over(x, None))), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 7), (16, 16), (20, 33), (5, 1)])
+def test_a_product_is_that_of_matrices(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*size, generator=generator).to(dtype)
+        for size in ((*shape, 24), (40, 24), (40,))
+    )
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert_equal(cpu.product(x, weight, bias), expected, dtype)
+    across = weight[:24].t()  # not contiguous
+    assert_equal(cpu.product(x, across), F.linear(x.double(), across.double()), dtype)
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_perturbation_block_equals_its_definition(way, tiles_of_few_pixels, skip):
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """The passes on a CPU where no gradient is wanted: small tiles, kept in cache, result in place.
 
-An image is walked in columns of tiles, from top to bottom. The last two projected rows of a tile
-stay where the next one finds them, so that nothing is projected twice but one column of pixels at
-either side of a column of tiles. Everything is the same sum in the same order as for the whole
-image at once, but for the sums of `gram`.
+A tile is projected with a pixel more on every side, which its neighbours project again: that costs
+less than to keep them. What a neighbour has overwritten by then is kept, in the few channels that
+it had before it was projected. Everything is the same sum in the same order as for the whole image
+at once, but for the sums of `gram`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from torch.nn import functional as F
 from dfpir.kernels.passes import Advance, Projection
 from dfpir.kernels.reference import EPSILON
 
-TILE_BYTES = 2**21
+TILE_BYTES = 2**22
 """Projected features of a tile: about what the caches of a few cores hold, and work enough for all.
 
 It is the same for any number of cores, so that sums over tiles are the same on every machine."""
 
-TILE_ROWS = 8
-"""Rows of a tile at most. Each tile moves two rows, so that fewer cost more."""
+TILE_ROWS = 32
+"""Rows of a tile at most. Fewer have more pixels on their border, more leave too few columns."""
+
+ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+Tile = tuple[slice, slice]
+"""Rows and columns of the image."""
 
 
 def tile_shape(height: int, width: int, bytes_per_pixel: int, rows: int | None) -> tuple[int, int]:
@@ -31,12 +36,22 @@ def tile_shape(height: int, width: int, bytes_per_pixel: int, rows: int | None) 
     pixels = max(TILE_BYTES // bytes_per_pixel, 1)
     columns = min(max(pixels // TILE_ROWS, 16), width)
     columns = -(-width // -(-width // columns))  # as many columns of tiles, of equal width
-    tall = min(max(pixels // columns, 1), height)
-    return min(tall, rows or tall), columns
+    tall = min(max(pixels // columns, 1), rows or height, height)
+    return -(-height // -(-height // tall)), columns
 
 
-Tile = tuple[slice, slice]
-"""Rows and columns of the image."""
+def product(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Mix the channels of (rows, columns, C) by a matrix (O, C), and add a bias (O,).
+
+    In float32 as a 1x1 convolution: oneDNN, which computes those, uses the widest instructions of
+    every processor. What multiplies matrices does not; on AMD's with AVX-512 it takes twice as
+    long. Rows are its images: of at least 16, PyTorch leaves it to oneDNN on a single thread too.
+    """
+    if features.dtype is not torch.float32 or not ONEDNN:
+        return F.linear(features, weight, bias)
+    images = features.unsqueeze(1).permute(0, 3, 1, 2)  # (rows, C, 1, columns)
+    mixed: Tensor = F.conv2d(images, weight[:, :, None, None], bias)
+    return mixed.permute(0, 2, 3, 1).squeeze(1)
 
 
 def filtered_tiles(
@@ -46,75 +61,46 @@ def filtered_tiles(
 
     Whoever consumes a tile may change the image there before asking for the next one.
     """
-    height, width, _ = image.shape
+    height, width, channels = image.shape
     outputs = projection.weight.shape[0]
     tall, wide = tile_shape(height, width, outputs * image.element_size(), rows)
-    storage = image.new_empty((tall + 2) * (wide + 2) * outputs)
-    before = None
-    for left in range(0, width, wide):
-        right = min(left + wide, width)
-        # The next column of tiles needs this one's last pixels as they are now.
-        after = image[:, right - 1 : right].clone() if right < width else None
-        column = _Column(image, projection, number, (left, right), before)
-        before = after
-        shape = tall + 2, right - left + 2, outputs
-        window = storage[: shape[0] * shape[1] * outputs].view(shape)
-        window[0] = 0
-        column.project(0, 1, window[1:])
-        for top in range(0, height, tall):
-            bottom = min(top + tall, height)
-            count = bottom - top
-            column.project(top + 1, bottom + 1, window[2:])
-            seen = window[None, : count + 2].permute(0, 3, 1, 2)
-            result = F.conv2d(seen, projection.filters, groups=outputs).permute(0, 2, 3, 1)
-            yield (slice(top, bottom), slice(left, right)), result[0]
-            kept = window[count : count + 2]
-            window[:2] = kept.clone() if count == 1 else kept
+    above = image.new_zeros(width + 2, channels)  # the row over these tiles, as it was
+    for top in range(0, height, tall):
+        bottom = min(top + tall, height)
+        last = min(bottom + 1, height)
+        kept = F.pad(image[bottom - 1], (0, 0, 1, 1))
+        before = image.new_zeros(last - top, 1, channels)  # the column left of a tile, as it was
+        for left in range(0, width, wide):
+            right = min(left + wide, width)
+            end = min(right + 1, width)
+            seen = image.new_zeros(bottom - top + 2, right - left + 2, channels)
+            seen[0] = above[left : right + 2]
+            seen[1 : 1 + last - top, :1] = before
+            seen[1 : 1 + last - top, 1 : 1 + end - left] = image[top:last, left:end]
+            before = image[top:last, right - 1 : right].clone()
+            projected = project(seen, projection, number)
+            # Beyond the image the filter sees zeros, not the projection of anything.
+            for side, beyond in (
+                (projected[0], top == 0),
+                (projected[-1], bottom == height),
+                (projected[:, 0], left == 0),
+                (projected[:, -1], right == width),
+            ):
+                if beyond:
+                    side.zero_()
+            filtered = F.conv2d(
+                projected[None].permute(0, 3, 1, 2), projection.filters, groups=outputs
+            )
+            yield (slice(top, bottom), slice(left, right)), filtered.permute(0, 2, 3, 1)[0]
+        above = kept
 
 
-class _Column:
-    """One column of tiles: projects its rows, with a pixel more on either side."""
-
-    def __init__(
-        self,
-        image: Tensor,
-        projection: Projection,
-        number: int,
-        sides: tuple[int, int],
-        before: Tensor | None,
-    ) -> None:
-        self.image, self.projection, self.before = image, projection, before
-        self.left, self.right = sides
-        self.mixing = self.offset = None
-        if projection.mixing is not None and projection.offset is not None:
-            self.mixing = projection.mixing[number].t()
-            self.offset = projection.offset[number].flatten()
-
-    def project(self, first: int, last: int, out: Tensor) -> None:
-        """Project rows first..last into `out`; beyond the image the filter is to see zeros."""
-        height, width, channels = self.image.shape
-        if last > height:
-            out[height - first : last - first] = 0
-            last = height
-        if first >= last:
-            return
-        # Columns beyond the image stay as they are here: pixels do not mix before `out` is cleared.
-        source = self.image.new_empty(last - first, out.shape[1], channels)
-        end = min(self.right + 1, width)
-        source[:, 1 : 1 + end - self.left] = self.image[first:last, self.left : end]
-        if self.before is not None:
-            source[:, :1] = self.before[first:last]
-        flat = source.view(-1, channels)
-        if self.mixing is not None and self.offset is not None:
-            flat = torch.addmm(self.offset, flat, self.mixing)
-        flat = F.layer_norm(flat, (channels,), eps=EPSILON)
-        out = out[: last - first]
-        weight, bias = self.projection.weight, self.projection.bias
-        torch.addmm(bias, flat, weight.t(), out=out.view(-1, out.shape[-1]))
-        if self.before is None:
-            out[:, 0] = 0
-        if end == self.right:
-            out[:, -1] = 0
+def project(pixels: Tensor, projection: Projection, number: int) -> Tensor:
+    """Normalise and project (rows, columns, C) of an image, of this number in its batch."""
+    if projection.mixing is not None and projection.offset is not None:
+        pixels = product(pixels, projection.mixing[number], projection.offset[number].flatten())
+    normal = F.layer_norm(pixels, pixels.shape[-1:], eps=EPSILON)
+    return product(normal, projection.weight, projection.bias)
 
 
 def gram(
@@ -153,10 +139,10 @@ def attend(
     advance: Advance,
 ) -> Tensor:
     """See `dfpir.kernels.attend`; the result takes the place of `features`."""
-    matrices = matrix.transpose(1, 2).expand(len(features), -1, -1)
+    matrices = matrix.expand(len(features), -1, -1)
     for number, image in enumerate(features):
         for tile, values in filtered_tiles(image, value, number, rows):
-            mixed = torch.mm(values.flatten(0, 1), matrices[number]).view_as(values)
+            mixed = product(values, matrices[number])
             target = image[tile]
             target.add_(mixed) if skip else target.copy_(mixed)
             advance(mixed.shape[0] * mixed.shape[1])
@@ -176,8 +162,6 @@ def feed_forward(
         for tile, values in filtered_tiles(image, hidden, number, rows):
             gate, content = values.chunk(2, dim=-1)
             gated = F.gelu(gate).mul_(content)
-            update = torch.mm(gated.flatten(0, 1), project_out.t())
-            target = image[tile]
-            target.add_(update.view_as(target))
-            advance(len(update))
+            image[tile].add_(product(gated, project_out))
+            advance(gated.shape[0] * gated.shape[1])
     return features
