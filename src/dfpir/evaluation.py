@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dfpir import classical
+from dfpir import classical, weights
 from dfpir.degradation import Degradation
 from dfpir.files import ImageFileError, find_images, read_image
 from dfpir.model import Progress
@@ -225,6 +225,10 @@ class Evaluation:
         At most this many pictures of a set were taken, all if None.
     date : str
         ISO 8601, UTC.
+    most_steps : int
+        Of "auto", where pictures were restored untold too; otherwise 0.
+    classifier_sha256 : str
+        Hash of the classifier that decided then; otherwise empty.
     """
 
     rows: tuple[EvaluationRow, ...]
@@ -233,12 +237,15 @@ class Evaluation:
     seed: int
     limit: int | None
     date: str
+    most_steps: int = 0
+    classifier_sha256: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values, ready for JSON."""
         return {
             **provenance(SCHEMA, self.date),
             "weights": {"name": self.weights, "sha256": self.weights_sha256},
+            "untold": {"steps": self.most_steps, "classifier_sha256": self.classifier_sha256},
             "protocol": PROTOCOL,
             "seed": self.seed,
             "limit": self.limit,
@@ -438,6 +445,8 @@ def evaluate(
         seed,
         limit,
         datetime.now(UTC).isoformat(timespec="seconds"),
+        blind,
+        weights.file_hash(weights.resolve(role="classifier")) if blind else "",
     )
 
 
