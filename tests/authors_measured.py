@@ -45,7 +45,7 @@ def authors_network(folder):
 
 
 def compare(variants, rounds):
-    """Run all in turn; print how far each is from the first, its time and its gain over that."""
+    """Run all in turn; print how far each is from the first, its time, and its gain over that."""
     expected = next(iter(variants.values()))()
     seconds = {name: [] for name in variants}
     far = {name: distance(run(), expected) for name, run in variants.items()}
@@ -55,12 +55,12 @@ def compare(variants, rounds):
             run()
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    slowest = next(iter(medians.values()))
+    baseline = next(iter(medians.values()))
     for name, median in medians.items():
         spread = max(seconds[name]) - min(seconds[name])
         print(
             f"{name:28} {far[name]:.1e}  {median:7.3f} s (range {spread:.3f})  "
-            f"{slowest / median:.2f}x",
+            f"{baseline / median:.2f}x",
             flush=True,
         )
 

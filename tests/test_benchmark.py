@@ -73,6 +73,9 @@ def test_no_time_without_a_passed_check(monkeypatch):
         (2.3e-5, 2e-5, False),
         (float("nan"), 2e-5, False),
         (1.1e-5, float("nan"), False),
+        (float("inf"), float("inf"), False),
+        (9e-5, 9e-5, True),
+        (2e-4, 2e-4, False),
     ],
 )
 def test_equal_is_within_the_tolerance_or_as_near_as_the_definition(error, plain, equal):
@@ -81,7 +84,11 @@ def test_equal_is_within_the_tolerance_or_as_near_as_the_definition(error, plain
     definition = Row(*case, "plain", "float32", error=plain)
     coarser = Row(*case, "plain", "bfloat16", error=0.1)  # which lends no other precision its bar
     assert module.is_equal(row, [coarser, definition, row]) == equal
-    assert row.note == ("" if equal else "differs from the definition")
+
+
+def test_a_definition_that_is_far_off_is_not_timed(monkeypatch):
+    monkeypatch.setattr(module, "distance", lambda found, expected: 0.9)
+    assert all(row.seconds == [] and row.note for row in tiny_run().rows)
 
 
 def test_where_memory_is_short_strips_in_single_precision_are_the_check(monkeypatch):

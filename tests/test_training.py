@@ -183,6 +183,20 @@ def test_patches_are_varied_and_only_narrow_ones_blended(pictures, monkeypatch):
     assert {each for _, photographs, _ in seen for each in photographs} == {True, False}
 
 
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_products_are_in_bfloat16_where_it_is_fast(pictures, tmp_path, monkeypatch, fast, dtype):
+    monkeypatch.setattr(training, "fast_bfloat16", lambda: fast)
+    run, seen = trainer(pictures, tmp_path), []
+    monkeypatch.setattr(run, "backward", lambda restored, part: 0)
+
+    def network(inputs, indices):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return inputs
+
+    run.learn(network, range(1))
+    assert seen == [fast] and run.optimizers[0].dtype is dtype
+
+
 def test_recorded_steps_compute_what_eager_ones_do(pictures, tmp_path, monkeypatch):
     """What a graphics card records, run here without a recording: within bfloat16."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)

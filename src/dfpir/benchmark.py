@@ -45,10 +45,11 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest relative L2 distance from the definition that counts as equal."""
 
 AS_NEAR = 1.1
-"""So many times the distance that the plain definition has in a precision counts as equal too.
+"""A result counts as equal too if it is at most so many times as far off as the plain definition in
+the same precision: with random weights and many pixels rounding alone exceeds the tolerance."""
 
-Random weights and many pixels take that beyond the tolerance: what a precision costs is no fault of
-whoever computes in it."""
+LOOSEST = 10
+"""But never if it is further off than so many times the tolerance."""
 
 GEMM_SIDE = 2048
 SLOW_GEMM = 5.0
@@ -413,13 +414,12 @@ def expected_result(
 
 
 def is_equal(row: Row, rows: Sequence[Row]) -> bool:
-    """Say whether a result counts as equal to the definition's, and note it where it does not."""
+    """Say whether a result counts as equal to the definition's, given all rows of its case."""
     plain = (other for other in rows if (other.variant, other.dtype) == ("plain", row.dtype))
-    definition = next((other.error for other in plain if other.error is not None), 0.0)
-    equal = row.error is not None and row.error <= max(TOLERANCE[row.dtype], AS_NEAR * definition)
-    if not equal:
-        row.note = "differs from the definition"
-    return equal
+    rounding = next((other.error for other in plain if other.error is not None), 0.0)
+    tolerance = TOLERANCE[row.dtype]
+    bar = max(tolerance, min(AS_NEAR * rounding, LOOSEST * tolerance))
+    return row.error is not None and row.error <= bar
 
 
 def run_case(
@@ -439,7 +439,7 @@ def run_case(
     fits = memory_needed(config, (height, width), torch.float32) < FREE_SHARE * free_memory(device)
     expected, precision = expected_result(config, original, device)
     with torch.inference_mode():
-        checked: list[tuple[Row, partial[Tensor]]] = []
+        answered: list[tuple[Row, partial[Tensor]]] = []
         for row in rows:
             if row.variant != "dfpir" and not fits:
                 row.note = "does not fit into memory"
@@ -452,9 +452,14 @@ def run_case(
             except RuntimeError as error:
                 row.note = str(error).splitlines()[0]
                 continue
-            checked.append((row, work))
+            answered.append((row, work))
             advance()
-        ready = [(row, work) for row, work in checked if is_equal(row, rows)]
+        ready = []
+        for row, work in answered:
+            if is_equal(row, rows):
+                ready.append((row, work))
+            else:
+                row.note = "differs from the definition"
         for _ in range(repeats):
             for row, work in ready:
                 if sum(row.seconds) < SECONDS:

@@ -227,8 +227,6 @@ class Evaluation:
         ISO 8601, UTC.
     most_steps : int
         Of "auto", where pictures were restored untold too; otherwise 0.
-    classifier_sha256 : str
-        Hash of the classifier that decided then; otherwise empty.
     """
 
     rows: tuple[EvaluationRow, ...]
@@ -238,14 +236,13 @@ class Evaluation:
     limit: int | None
     date: str
     most_steps: int = 0
-    classifier_sha256: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """Return plain values, ready for JSON."""
         return {
             **provenance(SCHEMA, self.date),
             "weights": {"name": self.weights, "sha256": self.weights_sha256},
-            "untold": {"steps": self.most_steps, "classifier_sha256": self.classifier_sha256},
+            "most_steps": self.most_steps,
             "protocol": PROTOCOL,
             "seed": self.seed,
             "limit": self.limit,
@@ -352,6 +349,7 @@ def provenance(schema: int, date: str) -> dict[str, object]:
         "date": date,
         "dfpir": package_version(),
         "torch": torch.__version__,
+        "classifier_sha256": weights.file_hash(weights.resolve(role="classifier")),
     }
 
 
@@ -446,7 +444,6 @@ def evaluate(
         limit,
         datetime.now(UTC).isoformat(timespec="seconds"),
         blind,
-        weights.file_hash(weights.resolve(role="classifier")) if blind else "",
     )
 
 

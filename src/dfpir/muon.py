@@ -60,7 +60,8 @@ class Muon(torch.optim.Optimizer):
     lr : float or Tensor, ()
     momentum, weight_decay : float
     dtype : torch.dtype
-        In which updates are orthogonalised; bfloat16 is precise enough where it is fast.
+        In which updates are orthogonalised. bfloat16 is precise enough, and worth it where the
+        processor has instructions for it.
     """
 
     def __init__(

@@ -55,8 +55,8 @@ STRONG_NOISE = (
 """A note of the record."""
 
 STRIP_PIXELS = 2**14
-"""Pixels of a strip at the network's own resolution: what a processor's cache holds best, and a
-step of well under a second, so that progress is seen and a cancelled run ends soon."""
+"""Pixels of a strip at the network's own resolution, where memory is short: a step of well under a
+second, so that progress is seen and a cancelled run ends soon."""
 
 FEWEST_ROWS = 8
 """Height of the lowest strip; a strip reads two rows more than it writes."""
@@ -228,7 +228,8 @@ def memory_needed(
         # Where the skip, a quarter of the pixels from below and both together exist at once.
         joined = level_height * level_width * (channels + channels // 2 + channels // 4)
         strips = CONVOLVED_PIXELS * 5 * channels  # seen, convolved, rearranged
-        return (joined + planes + strips) * each + 5 * TILE_BYTES
+        # Queries and keys of a perturbation block are projected side by side.
+        return (joined + planes + strips) * each + 11 * TILE_BYTES
     hidden = int(channels * config.expansion)
     held = 3 * channels + 2 * config.width  # input, result, one copy on the way; the skips
     strip = channels + 3 * 2 * hidden  # normalised; projected, padded, filtered
@@ -717,17 +718,20 @@ class Restorer:
         # Out of inference mode, so that callers may go on with an ordinary tensor.
         return clamped(restored, pixels).to(pixels.device, pixels.dtype).clone()
 
+    @property
+    def takes_strips(self) -> bool:
+        """Whether strips save memory; a processor's passes work in small tiles of their own."""
+        return self.device.type != "cpu"
+
     def strip_rows(self, size: tuple[int, int]) -> int | None:
         """Return the height of the strips an image (height, width) is worked through in.
 
-        On a processor it depends on the width alone, and so does the last bit of the result. On
-        other devices None, all rows at once, where the memory allows.
+        None, all rows at once, on a processor, and elsewhere where the memory allows.
         """
         config = self.model.config
-        if self.device.type != "cpu":
-            needed = memory_needed(config, size, self.dtype, device=self.device)
-            if needed < FREE_SHARE * free_memory(self.device):
-                return None
+        needed = memory_needed(config, size, self.dtype, device=self.device)
+        if not self.takes_strips or needed < FREE_SHARE * free_memory(self.device):
+            return None
         return max(STRIP_PIXELS * config.stem // size[1], FEWEST_ROWS)
 
     def ways(self, size: tuple[int, int], tiling: Tiling | None) -> list[Way]:
@@ -738,7 +742,8 @@ class Restorer:
         rows = self.strip_rows(size)
         if tiling is not None:
             rows = max(tiling.size // self.model.config.stem, 1)
-        lower = [FEWEST_ROWS] if rows is None or rows > FEWEST_ROWS else []
+        lowered = self.takes_strips and (rows is None or rows > FEWEST_ROWS)
+        lower = [FEWEST_ROWS] if lowered else []
         return [rows, *lower, *(Tiling(side, statistics="sampled") for side in TILE_SIZES)]
 
     def run_once(

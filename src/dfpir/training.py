@@ -401,13 +401,13 @@ class Trainer:
         others = [value for value in self.model.parameters() if not is_matrix(value)]
         # In a tensor each, which a recorded step reads anew.
         rates = [torch.tensor(settings.learning_rate, device=device) for _ in range(2)]
-        self.half = device.type == "cpu" and fast_bfloat16()
+        self.bfloat16 = device.type == "cpu" and fast_bfloat16()
         self.optimizers: list[torch.optim.Optimizer] = [
             Muon(
                 matrices,
                 lr=rates[0],
                 weight_decay=settings.weight_decay,
-                dtype=torch.bfloat16 if self.half else torch.float32,
+                dtype=torch.bfloat16 if self.bfloat16 else torch.float32,
             ),
             torch.optim.AdamW(
                 others,
@@ -519,7 +519,7 @@ class Trainer:
         error = torch.zeros((), device=self.device)
         for number in parts:
             part = draw_part(self.pictures, self.settings, self.step, number, self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 restored = model(part.inputs, part.indices)
             error += self.backward(restored, part)
         return error

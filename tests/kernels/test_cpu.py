@@ -108,7 +108,7 @@ def test_keep_largest_keeps_a_valid_top_set():
 
 
 @pytest.mark.parametrize(("channels", "heads", "height", "width"), SHAPES)
-@pytest.mark.parametrize("rows", [None, 1, 4])
+@pytest.mark.parametrize("rows", [None, 1, 4])  # of no concern to the processor's passes
 def test_block_equals_its_definition(way, channels, heads, height, width, rows):
     made, x = block(channels, heads), features(channels, height, width)
     expected = made(x)
@@ -118,7 +118,7 @@ def test_block_equals_its_definition(way, channels, heads, height, width, rows):
 @pytest.mark.parametrize(("height", "width"), [(40, 37), (9, 64), (50, 1), (1, 50)])
 def test_tiles_leave_no_trace(tiles_of_few_pixels, height, width):
     made, x = block(48, 1), features(48, height, width)
-    assert cpu.tile_shape(height, width, 4 * 255, None) != (height, width)
+    assert cpu.tile_shape(height, width, 4 * 255) != (height, width)
     with torch.no_grad():
         expected = made(x)
         assert_equal(from_rows(made.infer(to_rows(x), passes_over(x, None))), expected)
@@ -126,7 +126,9 @@ def test_tiles_leave_no_trace(tiles_of_few_pixels, height, width):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 7), (16, 16), (20, 33), (5, 1)])
-def test_a_product_is_that_of_matrices(shape, dtype):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_product_is_that_of_matrices(monkeypatch, onednn, shape, dtype):
+    monkeypatch.setattr(cpu, "ONEDNN", onednn)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (
         torch.randn(*size, generator=generator).to(dtype)
