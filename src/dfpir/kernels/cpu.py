@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dfpir.kernels.passes import Advance, Projection
 from dfpir.kernels.reference import EPSILON
 
-TILE_BYTES = 2**22
+TILE_BYTES = 2**21
 """Projected features of a tile: about what the caches of a few cores hold, and work enough for all.
 
 It is the same for any number of cores, so that sums over tiles are the same on every machine."""
