@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dfpir.degradation import Degradation
 from dfpir.pixels import clamped
 
-LEARNT = max(each.sigma or 0.0 for each in Degradation)
-"""Standard deviation, in grey levels of 0..255, of the strongest noise that has a prompt."""
+LEARNT = 64.0
+"""What noise of 75 grey levels, the strongest in training, is estimated at once it is clipped."""
 
 LOWEST_CONTRAST = 0.5
 """Lower, and rounding errors and the network's own would weigh too much when it is raised again."""
@@ -21,7 +20,7 @@ def contrast_for(sigma: float | None) -> float:
     """Return the contrast at which noise estimated at `sigma` grey levels is what was learnt.
 
     Strong noise is cut off at black and white, which makes it seem weaker: what was 75 reads as
-    about 65, what was 90 as about 74. The factor makes up for it.
+    about 64, what was 100 as about 82. The exponent makes up for it.
     """
     if sigma is None or sigma <= LEARNT:
         return 1.0
