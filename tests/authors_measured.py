@@ -16,7 +16,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +28,7 @@ from dfpir.degradation import Degradation
 from dfpir.training import fast_bfloat16
 
 KIND = Degradation.RAIN
+CPU = torch.device("cpu")
 
 
 def authors_network(folder):
@@ -51,9 +51,7 @@ def compare(variants, rounds):
     far = {name: distance(run(), expected) for name, run in variants.items()}
     for _ in range(rounds):
         for name, run in variants.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(benchmark.timed(run, CPU)[0])
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     baseline = next(iter(medians.values()))
     for name, median in medians.items():

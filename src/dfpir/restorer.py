@@ -728,9 +728,11 @@ class Restorer:
 
         None, all rows at once, on a processor, and elsewhere where the memory allows.
         """
+        if not self.takes_strips:
+            return None
         config = self.model.config
         needed = memory_needed(config, size, self.dtype, device=self.device)
-        if not self.takes_strips or needed < FREE_SHARE * free_memory(self.device):
+        if needed < FREE_SHARE * free_memory(self.device):
             return None
         return max(STRIP_PIXELS * config.stem // size[1], FEWEST_ROWS)
 
