@@ -4,12 +4,15 @@
     python tests/large_measured.py cluster [--side 4096] [--rounds 3]
     python tests/large_measured.py seams [--side 4096] [--tile 512] [--pictures FILE ...]
     python tests/large_measured.py cancel [--side 2048]
+    python tests/large_measured.py exact [--preset paper] [--height 1088] [--width 1920]
 
 `memory` restores a zarr array in a process of its own and reports the most it held. `cluster` does
 so on local workers of one thread each: one and two, in turn, then two of which one is killed
 halfway. `seams` compares blocks of a slide or, with `--tile`, tiles of a picture with sampled
 statistics, to the picture restored as a whole, for every degradation. `cancel` asks both presets to
-stop at moments spread over their work, and reports how long that takes. Not for Windows.
+stop at moments spread over their work, and reports how long that takes. `exact` compares what the
+package computes in tiles to the answer of the passes that other devices run in strips, and reports
+the memory. Not for Windows.
 """
 
 # ruff: noqa: T201 - a script; printing is what it is for
@@ -42,7 +45,7 @@ from dfpir.zarr_files import restore_zarr
 
 BLOCK = slides.BLOCK
 
-SIDES = {"memory": 20_000, "cluster": 4096, "seams": 4096, "cancel": 2048}
+SIDES = {"memory": 20_000, "cluster": 4096, "seams": 4096, "cancel": 2048, "exact": 1088}
 
 OVERLAP = 32
 """Of the tiles of a picture, in pixels."""
@@ -276,18 +279,43 @@ def cancel(options):
             say(f"  asked to stop at {moment:.0%}: {stopped}")
 
 
+def exact(options):
+    height, width = options.side, options.width
+    model = benchmark.network(benchmark.PRESETS[options.preset]())
+    pixels = benchmark.picture(height, width)
+    started = time.monotonic()
+    with torch.inference_mode():
+        tiles = model(pixels, Degradation.RAIN)
+    between = time.monotonic()
+    # Where gradients might be wanted, the passes are the ones that other devices run in strips.
+    with torch.enable_grad():
+        strips = model(pixels, Degradation.RAIN, rows=64)
+    ended = time.monotonic()
+    error = benchmark.distance(tiles, strips)
+    say(
+        f"{options.preset}, {height} x {width}: relative L2 {error:.1e}; in tiles "
+        f"{between - started:.1f} s, in strips {ended - between:.1f} s"
+    )
+    peak = benchmark.peak_in_child(options.preset, (height, width), "dfpir", "float32")
+    say(f"  peak beyond the network, in tiles: {peak / 1e9:.2f} GB")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", choices=list(SIDES))
-    parser.add_argument("--side", type=int)
+    parser.add_argument("--side", "--height", type=int)
+    parser.add_argument("--width", type=int, default=1920)
+    parser.add_argument("--preset", choices=list(benchmark.PRESETS), default="paper")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tile", type=int, metavar="SIDE")
     parser.add_argument("--pictures", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args()
     options.side = options.side or SIDES[options.what]
-    {"memory": memory, "cluster": cluster, "seams": seams, "cancel": cancel}[options.what](options)
+    measures = {"memory": memory, "cluster": cluster, "seams": seams, "cancel": cancel}
+    measures["exact"] = exact
+    measures[options.what](options)
 
 
 if __name__ == "__main__":
