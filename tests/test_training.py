@@ -224,7 +224,7 @@ def test_the_best_average_is_kept(pictures, tmp_path, monkeypatch):
     averages = {}
     scores = iter([20.0, 22.0, 21.0, 22.0, 23.0])
 
-    def validate(model, pictures, device):
+    def validate(model, pictures, device, kinds):
         score = next(scores)
         averages[score] = model.output.weight.detach().clone()
         return {"rain": score, "haze": score + 2}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dfpir.degradation import Degradation
-from dfpir.model import DFPIR, DFPIRConfig
+from dfpir.model import DFPIR, LEVELS, DFPIRConfig
 
 FORMAT = "dfpir-1"
 """Value of ``format`` in the metadata of our files."""
+
+SPECIALISTS = "specialists."
+"""What the keys of specialists' tensors begin with; their names come next."""
 
 CODE_LENGTH = 512
 """Length of a CLIP ViT-B/32 text code."""
@@ -178,6 +182,7 @@ def config_of(
         stem=round((inputs / 3) ** 0.5),
         degradations=degradations,
         perturbation_skip=perturbation_skip,
+        details=count("details."),
     )
 
 
@@ -230,6 +235,49 @@ def build(config: DFPIRConfig, state: Mapping[str, Tensor]) -> DFPIR:
     return model.eval()
 
 
+def shared_modules(model: DFPIR, specialist: DFPIR) -> list[str]:
+    """Return the names out of `LEVELS` of what a specialist uses of the whole network."""
+    paths = itertools.chain.from_iterable(LEVELS)
+    return [path for path in paths if specialist.get_submodule(path) is model.get_submodule(path)]
+
+
+def specialise(
+    model: DFPIR, own: Mapping[str, Tensor], claimed: Mapping[str, Mapping[str, Sequence[str]]]
+) -> None:
+    """Give a network the specialists whose own tensors and degradations were stored with it.
+
+    A module without tensors of its own is that of the network.
+
+    Raises
+    ------
+    CheckpointError
+        If the tensors are not those of the specialists that the file claims to have.
+    """
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in claimed}
+    for key, value in own.items():
+        name, _, rest = key.removeprefix(SPECIALISTS).partition(".")
+        if name not in parts:
+            message = f"unexpected {key}. Use another weights file."
+            raise CheckpointError(message)
+        parts[name][rest] = value
+    for name, tensors in parts.items():
+        shared = [
+            path
+            for path in itertools.chain.from_iterable(LEVELS)
+            if not any(key.startswith(f"{path}.") for key in tensors)
+        ]
+        for path in shared:
+            module = model.get_submodule(path)
+            tensors.update({f"{path}.{key}": value for key, value in module.state_dict().items()})
+        blocks = {key.split(".")[1] for key in tensors if key.startswith("details.")}
+        config = replace(
+            model.config,
+            degradations=tuple(map(Degradation.from_name, claimed[name]["degradations"])),
+            details=len(blocks),
+        )
+        model.specialise(name, build(config, tensors), shared)
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     """Write safetensors; the file appears complete or not at all."""
     partial = path.with_name(path.name + ".partial")
@@ -278,11 +326,23 @@ def save(
     """
     config = asdict(model.config)
     config["degradations"] = [degradation.value for degradation in model.config.degradations]
+    state = dict(model.state_dict())
+    for name, each in model.named_specialists():
+        for module in shared_modules(model, each):
+            for key in each.get_submodule(module).state_dict():
+                del state[f"{SPECIALISTS}{name}.{module}.{key}"]
     tensors = {
         key: value.to("cpu", torch.int16 if key.endswith("permutations") else dtype).contiguous()
-        for key, value in model.state_dict().items()
+        for key, value in state.items()
     }
     header = {"format": FORMAT, "config": json.dumps(config), **(metadata or {})}
+    if model.specialists:
+        header["specialists"] = json.dumps(
+            {
+                name: {"degradations": [member.value for member in each.config.degradations]}
+                for name, each in model.named_specialists()
+            }
+        )
     write_tensors(path, tensors, header)
 
 
@@ -302,9 +362,10 @@ def load(path: Path) -> DFPIR:
             "`dfpir weights import`."
         )
         raise CheckpointError(message)
+    own = {key: tensors.pop(key) for key in list(tensors) if key.startswith(SPECIALISTS)}
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     try:
-        claimed = json.loads(header["config"])
+        claimed = {"details": 0, **json.loads(header["config"])}  # older files do not say
         config = config_of(
             shapes,
             expansion=float(claimed["expansion"]),
@@ -320,7 +381,9 @@ def load(path: Path) -> DFPIR:
         if lies:
             message = f"its configuration does not fit its tensors: {'; '.join(lies)}"
             raise CheckpointError(message)
-        return build(config, tensors)
+        model = build(config, tensors)
+        specialise(model, own, json.loads(header.get("specialists", "{}")))
+        return model
     except CheckpointError as error:
         message = f"{path}: {error}"
         raise CheckpointError(message) from None

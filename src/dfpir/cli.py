@@ -223,6 +223,15 @@ def add_train(commands: Commands) -> None:
     parser.add_argument(
         "--classifier", action="store_true", help="train the classifier, not the network"
     )
+    parser.add_argument(
+        "--specialist",
+        metavar="KIND",
+        help="train first levels that are for noise, rain, haze, blur or low-light alone, and add "
+        "them to the weights of --from",
+    )
+    parser.add_argument(
+        "--levels", type=int, metavar="N", help="first levels of a specialist's own (default: 2)"
+    )
     parser.set_defaults(run=run_train)
 
 
@@ -571,7 +580,7 @@ def run_train(options: argparse.Namespace) -> int:
     if options.output.suffix != ".safetensors":
         message = f"--output {options.output} should end in .safetensors"
         raise UsageError(message)
-    for name in ("patches", "batch", "part", "patch"):
+    for name in ("patches", "batch", "part", "patch", "levels"):
         value = getattr(options, name)
         if value is not None and value < 1:
             message = f"--{name} is {value}; expected 1 or more"
@@ -579,6 +588,9 @@ def run_train(options: argparse.Namespace) -> int:
         if value is not None and options.classifier and name != "patches":
             message = f"--{name} is for the network, not for the classifier; leave it out"
             raise UsageError(message)
+    if options.specialist and options.classifier:
+        message = "--specialist is for the network, not for the classifier; leave it out"
+        raise UsageError(message)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.classifier:
         from dfpir.classifier_training import train_classifier
@@ -594,7 +606,16 @@ def run_train(options: argparse.Namespace) -> int:
     else:
         from dfpir.training import train
 
-        names = ("patches", "batch", "part", "patch", "learning_rate", "seed")
+        names = (
+            "patches",
+            "batch",
+            "part",
+            "patch",
+            "learning_rate",
+            "seed",
+            "specialist",
+            "levels",
+        )
         chosen = {name: getattr(options, name) for name in names}
         facts = train(
             options.data,

@@ -24,7 +24,7 @@ from dfpir.classifier import classify as classify_with
 from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
 from dfpir.kernels.cpu import TILE_BYTES
 from dfpir.memory import first_that_fits
-from dfpir.model import CONVOLVED_PIXELS, DFPIR, Attention, DFPIRConfig, Progress
+from dfpir.model import CONVOLVED_PIXELS, DFPIR, Attention, DFPIRConfig, Progress, portion
 from dfpir.noise import contrast_for, with_contrast
 from dfpir.pixels import (
     PixelError,
@@ -225,11 +225,12 @@ def memory_needed(
     each = torch.empty((), dtype=dtype).element_size()
     planes = 12 * height * width
     if device is not None and device.type == "cpu":
-        # Where the skip, a quarter of the pixels from below and both together exist at once.
-        joined = level_height * level_width * (channels + channels // 2 + channels // 4)
+        # The features, and what a block of details makes of them; a network without any has the
+        # skip, a quarter of the pixels from below and both together, an eighth less.
+        held = level_height * level_width * 2 * channels
         strips = CONVOLVED_PIXELS * 5 * channels  # seen, convolved, rearranged
         # Queries and keys of a perturbation block are projected side by side.
-        return (joined + planes + strips) * each + 11 * TILE_BYTES
+        return (held + planes + strips) * each + 11 * TILE_BYTES
     hidden = int(channels * config.expansion)
     held = 3 * channels + 2 * config.width  # input, result, one copy on the way; the skips
     strip = channels + 3 * 2 * hidden  # normalised; projected, padded, filtered
@@ -841,22 +842,6 @@ def turned(pixels: Tensor, number: int, *, back: bool = False) -> Tensor:
         pixels = torch.rot90(pixels, -quarters, (-2, -1))
         return pixels.flip(-1) if number >= 4 else pixels
     return torch.rot90(pixels.flip(-1) if number >= 4 else pixels, quarters, (-2, -1))
-
-
-def portion(
-    on_progress: Progress | None, number: int, count: int, *, begun: int = 0
-) -> Progress | None:
-    """Return a callable that reports one image's progress as a part of all `count` images'.
-
-    Parameters
-    ----------
-    begun : int
-        Steps that went before the first image.
-    """
-    if on_progress is None:
-        return None
-    report: Callable[[int, int], None] = on_progress
-    return lambda done, total: report(begun + number * total + done, begun + count * total)
 
 
 @lru_cache(maxsize=1)

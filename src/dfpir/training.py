@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from dfpir import checkpoint
 from dfpir.degradation import Degradation
 from dfpir.files import find_images, read_image
-from dfpir.model import DFPIR, PERTURBED, DFPIRConfig
+from dfpir.model import DFPIR, LEVELS, PERTURBED, DFPIRConfig
 from dfpir.muon import Muon, is_matrix
 from dfpir.recorded_steps import RecordedSteps
 from dfpir.restorer import choose_device
@@ -54,6 +54,16 @@ SHARES: dict[Degradation | None, float] = {
     Degradation.LOW_LIGHT: 0.21,
 }
 """Fraction of the pixels that each degradation gets."""
+
+NOISE = "noise"
+SPECIALTIES: dict[str, Degradation | None] = {
+    NOISE: None,
+    **{kind.value: kind for kind in SHARES if kind is not None},
+}
+"""What a specialist may be trained for, by name: noise of any strength, or one degradation."""
+
+DETAILS = 2
+"""Blocks of details of a specialist."""
 
 GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
 """Degradations judged from the whole scene: their patches are also cut from smaller copies."""
@@ -87,6 +97,11 @@ class TrainingSettings:
         Decay of the exponential moving average of the weights, which is what is kept.
     seed : int
         Of the weights, permutations, patches and degradations.
+    specialist : str
+        Name out of `SPECIALTIES`: all patches have that degradation, and the weights are those of
+        a specialist for it (see `DFPIR.specialise`). Empty for the network itself.
+    levels : int
+        How many of the first levels are a specialist's own.
     """
 
     patches: int = 112_000
@@ -98,6 +113,23 @@ class TrainingSettings:
     average: float = 0.999
     weight_decay: float = 1e-4
     seed: int = 1
+    specialist: str = ""
+    levels: int = 2
+
+    @property
+    def shares(self) -> dict[Degradation | None, float]:
+        """Fraction of the pixels that each degradation gets."""
+        if not self.specialist:
+            return SHARES
+        return {kind: float(kind is SPECIALTIES[self.specialist]) for kind in SHARES}
+
+    @property
+    def kinds(self) -> tuple[Degradation, ...]:
+        """The degradations that are learnt."""
+        if not self.specialist:
+            return tuple(Degradation)
+        kind = SPECIALTIES[self.specialist]
+        return (kind,) if kind else tuple(each for each in Degradation if each.sigma is not None)
 
 
 def name_hash(path: Path) -> str:
@@ -194,24 +226,30 @@ def cut(
     return torch.from_numpy(patch.copy()).permute(2, 0, 1)
 
 
-def is_wide(number: int) -> bool:
+def is_wide(number: int, shares: Mapping[Degradation | None, float] = SHARES) -> bool:
     """Say whether a part, counted from the start of the run, is of `WIDE` degradations.
 
     They take turns with the others, as often as their shares want it.
     """
-    share = sum(SHARES[kind] for kind in WIDE)
+    share = sum(shares[kind] for kind in WIDE)
     return math.floor((number + 1) * share) > math.floor(number * share)
 
 
-def draw_kinds(count: int, *, wide: bool, generator: Generator) -> list[Degradation | None]:
-    """Choose by `SHARES` what each patch of a part suffers: `count`, or a quarter if `wide`.
+def draw_kinds(
+    count: int,
+    *,
+    wide: bool,
+    generator: Generator,
+    shares: Mapping[Degradation | None, float] = SHARES,
+) -> list[Degradation | None]:
+    """Choose what each patch of a part suffers: `count`, or a quarter if `wide`.
 
     The shares are of pixels.
     """
-    kinds = [kind for kind in SHARES if (kind in WIDE) == wide]
-    shares = torch.tensor([SHARES[kind] for kind in kinds])
+    kinds = [kind for kind in shares if (kind in WIDE) == wide]
+    likely = torch.tensor([shares[kind] for kind in kinds])
     count = max(1, count // 4) if wide else count
-    drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
+    drawn = torch.multinomial(likely, count, replacement=True, generator=generator)
     return [kinds[i] for i in drawn.tolist()]
 
 
@@ -252,8 +290,10 @@ def draw_part(
     part counts by its pixels, whether its patches are many or wide.
     """
     generator = part_generator(settings.seed, step, part)
-    wide = is_wide(step * parts_of(settings) + part)
-    kinds = draw_kinds(part_size(settings, part), wide=wide, generator=generator)
+    shares = settings.shares
+    wide = is_wide(step * parts_of(settings) + part, shares)
+    size = part_size(settings, part)
+    kinds = draw_kinds(size, wide=wide, generator=generator, shares=shares)
     patches, photographs = [], []
     for kind in kinds:
         # Micrographs have no rain, haze or darkness to learn from.
@@ -267,8 +307,7 @@ def draw_part(
     pixels = torch.stack(patches).to(device).float() / 255
     pixels = varied(pixels, photographs, degrading, blend=not wide)
     inputs, targets, indices, _ = training_pairs(pixels, kinds, degrading)
-    share = part_size(settings, part) / settings.batch
-    return Part(inputs, targets, indices, share / len(inputs))
+    return Part(inputs, targets, indices, size / settings.batch / len(inputs))
 
 
 def learning_rate(settings: TrainingSettings, seen: int) -> float:
@@ -302,7 +341,11 @@ def psnr(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def validate(
-    model: DFPIR, pictures: Pictures, device: torch.device, side: int = 128
+    model: DFPIR,
+    pictures: Pictures,
+    device: torch.device,
+    kinds: Sequence[Degradation] = tuple(Degradation),
+    side: int = 128,
 ) -> dict[str, float]:
     """Return the mean PSNR per degradation on the middle of each validation picture.
 
@@ -322,7 +365,7 @@ def validate(
         micrograph = MICROGRAPHS in path.parent.parts
         closely = middle(array)
         whole = closely if micrograph else middle(pyramid(array, side)[-1])
-        for kind in Degradation:
+        for kind in kinds:
             if micrograph and kind.sigma is None:
                 continue
             sharp = whole if kind in GLOBAL else closely
@@ -344,10 +387,12 @@ def fast_bfloat16() -> bool:
 
     def seconds(dtype: torch.dtype) -> float:
         factor = torch.ones(256, 256, dtype=dtype)
-        torch.mm(factor, factor)
-        started = time.perf_counter()
-        torch.mm(factor, factor)
-        return time.perf_counter() - started
+        times = []
+        for _ in range(5):  # other work may come in between
+            started = time.perf_counter()
+            torch.mm(factor, factor)
+            times.append(time.perf_counter() - started)
+        return min(times)
 
     return seconds(torch.bfloat16) < seconds(torch.float32)
 
@@ -396,9 +441,14 @@ class Trainer:
         self.config, self.settings = config, settings
         self.pictures, self.device, self.state_file = pictures, device, state_file
         self.model = new_model(config, settings.seed).to(device)
+        self.shared = [path for level in LEVELS[settings.levels :] for path in level]
+        if settings.specialist:
+            for path in self.shared:
+                self.model.get_submodule(path).requires_grad_(False)
         self.average = new_model(config, settings.seed).to(device).requires_grad_(False)
-        matrices = [value for value in self.model.parameters() if is_matrix(value)]
-        others = [value for value in self.model.parameters() if not is_matrix(value)]
+        learnt = [value for value in self.model.parameters() if value.requires_grad]
+        matrices = [value for value in learnt if is_matrix(value)]
+        others = [value for value in learnt if not is_matrix(value)]
         # In a tensor each, which a recorded step reads anew.
         rates = [torch.tensor(settings.learning_rate, device=device) for _ in range(2)]
         self.bfloat16 = device.type == "cpu" and fast_bfloat16()
@@ -427,6 +477,7 @@ class Trainer:
         self.seconds = 0.0
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, float] | None = None
+        self.start: DFPIR | None = None
 
     def described(self) -> dict[str, dict[str, object]]:
         """Return settings and configuration as plain values."""
@@ -487,16 +538,44 @@ class Trainer:
     def start_from(self, model: DFPIR) -> None:
         """Begin with the weights and channel orders of `model`.
 
+        It may have fewer blocks of details: those that are new add nothing at first. A specialist
+        goes on from the one that `model` has already, and will take its place.
+
         Raises
         ------
         ValueError
             If it is of another size.
         """
-        if model.config != self.config:
-            message = f"Weights are of {model.config}; expected {self.config}. Use another preset."
+        begun = dict(model.named_specialists()).get(self.settings.specialist, model)
+        found = begun.config
+        known = min(found.details, self.config.details)
+        if found != replace(self.config, details=known, degradations=found.degradations):
+            message = f"Weights are of {found}; expected {self.config}. Use another preset."
             raise ValueError(message)
-        self.model.load_state_dict(model.state_dict())
-        self.average.load_state_dict(model.state_dict())
+        if model.specialists and not self.settings.specialist:
+            logger.warning(
+                "The specialists of these weights (%s) are left behind: they go with the lower "
+                "levels that they were trained with.",
+                ", ".join(model.specialists),
+            )
+        state = self.model.state_dict()
+        state.update({key: value for key, value in begun.state_dict().items() if key in state})
+        self.model.load_state_dict(state)
+        self.average.load_state_dict(state)
+        self.start = model
+
+    def result(self) -> DFPIR:
+        """Return the average; if it is a specialist, within the network that it began from."""
+        average = copy.deepcopy(self.average)
+        if not self.settings.specialist:
+            return average
+        if self.start is None:
+            message = "A specialist needs a network to be part of. Name one with --from."
+            raise ValueError(message)
+        average.config = replace(average.config, degradations=self.settings.kinds)
+        network = copy.deepcopy(self.start).to(self.device)
+        network.specialise(self.settings.specialist, average, self.shared)
+        return network
 
     def keep_best(self, scores: dict[str, float]) -> None:
         """Write the average to its file if the mean of its scores is the highest so far.
@@ -507,7 +586,7 @@ class Trainer:
         if self.best is None or mean > self.best["psnr"]:
             self.best = {"patches": self.seen, "psnr": mean}
             path = self.state_file.with_suffix(".best.safetensors")
-            checkpoint.save(self.average, path, dtype=torch.float16)
+            checkpoint.save(self.result(), path, dtype=torch.float16)
 
     def draw(self, step: int) -> list[Part]:
         """Return all parts of a step."""
@@ -575,8 +654,9 @@ class Trainer:
         error = torch.stack(list(work(self.learn, self.replicas, self.shares))).sum()
         for model in self.replicas[1:]:
             for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
-                assert mine.grad is not None and theirs.grad is not None
-                mine.grad += theirs.grad
+                if mine.requires_grad:
+                    assert mine.grad is not None and theirs.grad is not None
+                    mine.grad += theirs.grad
         self.update()
         return error
 
@@ -604,7 +684,9 @@ class Trainer:
                         bar.set_postfix(loss=f"{mean_of(losses[-20:]):.4f}")
                     done = self.seen >= self.settings.patches
                     if done or self.seen // every > (self.seen - self.settings.batch) // every:
-                        scores = validate(self.average, self.pictures, self.device)
+                        scores = validate(
+                            self.average, self.pictures, self.device, self.settings.kinds
+                        )
                         self.keep_best(scores)
                         self.log.append(
                             {
@@ -650,7 +732,7 @@ def train(
     resume: bool = False,
     start: str | Path | None = None,
     every: int = 10_000,
-    **chosen: float,
+    **chosen: float | str,
 ) -> dict[str, object]:
     """Train a network and write its averaged weights in half precision.
 
@@ -669,7 +751,7 @@ def train(
     resume : bool
         Go on from the state beside `output`; `chosen` may change the patches to see in all.
     start : str or Path, optional
-        Weights to begin from, by name or file.
+        Weights to begin from, by name or file; of a specialist, those it becomes a part of.
     every : int
         Patches between validations.
     **chosen
@@ -684,11 +766,22 @@ def train(
     Raises
     ------
     ValueError
-        If the folder holds too few pictures, there is nothing to resume, or `start` is of another
-        size.
+        If the folder holds too few pictures, there is nothing to resume, `start` is of another
+        size or lacking for a specialist, or there is no such specialist.
     """
     settings = replace(TrainingSettings(), **chosen)  # type: ignore[arg-type]
     config = DFPIRConfig.paper() if preset == "paper" else DFPIRConfig.compact()
+    if settings.specialist:
+        if settings.specialist not in SPECIALTIES:
+            message = (
+                f"There is no specialist for {settings.specialist!r}; choose one of: "
+                f"{', '.join(SPECIALTIES)}."
+            )
+            raise ValueError(message)
+        if start is None:
+            message = "A specialist needs a network to be part of. Name one with --from."
+            raise ValueError(message)
+        config = replace(config, details=DETAILS)
     pictures = Pictures.load(data)
     trainer = Trainer(
         config, settings, pictures, choose_device(device), output.with_suffix(".state")
@@ -699,7 +792,7 @@ def train(
         trainer.resume()
     output.parent.mkdir(parents=True, exist_ok=True)
     trainer.run(every=every)
-    checkpoint.save(trainer.average, output, dtype=torch.float16)
+    checkpoint.save(trainer.result(), output, dtype=torch.float16)
     record: dict[str, object] = {
         "patches": trainer.seen,
         "seconds": round(trainer.seconds),

@@ -58,31 +58,57 @@ def convolve_strip(strip: Tensor, weight: Tensor, groups: int, above: bool, belo
 def convolve(
     features: Tensor,
     weight: Tensor,
-    rearrange: Callable[[Tensor], Tensor] | None,
+    finish: Callable[[Tensor], Tensor] | None = None,
     *,
     rows: int | None,
     advance: Advance,
     out: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """See `dfpir.kernels.convolve`."""
+    """Convolve by 3x3 in strips of rows, between zeros.
+
+    Parameters
+    ----------
+    features : Tensor, (N, H, W, C), contiguous
+    weight : Tensor, (O, C, 3, 3)
+    finish : callable, optional
+        What becomes of each convolved strip (N, rows, W, O): another shape, an activation.
+    rows : int, optional
+        Height of a strip; the whole image where a gradient is wanted.
+    advance : Advance
+    out : Tensor, optional
+        Where to write the result.
+    residual : Tensor, optional
+        What the result is added to; overwritten where no gradient is wanted.
+
+    Returns
+    -------
+    Tensor
+        What `finish` makes of (N, H, W, O).
+    """
     count, height, width, _ = features.shape
 
     def strip(top: int, bottom: int) -> Tensor:
         seen = features[:, max(top - 1, 0) : min(bottom + 1, height)].permute(0, 3, 1, 2)
         made = convolve_strip(seen, weight, 1, top == 0, bottom == height).permute(0, 2, 3, 1)
-        return made if rearrange is None else rearrange(made)
+        return made if finish is None else finish(made)
 
     if rows is None or rows >= height or torch.is_grad_enabled():
         whole = strip(0, height).contiguous()
         advance(count * height * width)
+        if residual is not None:
+            return residual + whole if torch.is_grad_enabled() else residual.add_(whole)
         return whole if out is None else out.copy_(whole)
+    if residual is not None:
+        out = residual
     written = 0
     for top, bottom in strips(height, max(rows - rows % 2, 2)):
         part = strip(top, bottom)
         if out is None:
             tall = part.shape[1] * height // (bottom - top)
             out = part.new_empty(count, tall, *part.shape[2:])
-        out[:, written : written + part.shape[1]] = part
+        place = out[:, written : written + part.shape[1]]
+        place.copy_(part) if residual is None else place.add_(part)
         written += part.shape[1]
         advance(count * (bottom - top) * width)
     assert out is not None
