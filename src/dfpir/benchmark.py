@@ -37,6 +37,7 @@ SIZES = ((256, 256), (512, 512), (1088, 1920), (2048, 2048))
 PRESETS: dict[str, Callable[[], DFPIRConfig]] = {
     "paper": DFPIRConfig.paper,
     "compact": DFPIRConfig.compact,
+    "specialist": DFPIRConfig.specialist,
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

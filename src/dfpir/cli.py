@@ -275,7 +275,7 @@ def add_benchmark(commands: Commands) -> None:
     """Add `dfpir benchmark`."""
     parser = commands.add_parser("benchmark", help="measure speed, memory and agreement here")
     parser.add_argument(
-        "--presets", nargs="+", metavar="NAME", help="paper, compact (default: both)"
+        "--presets", nargs="+", metavar="NAME", help="paper, compact, specialist (default: all)"
     )
     parser.add_argument("--sizes", nargs="+", type=size, metavar="HxW", help="sizes of pictures")
     parser.add_argument(

@@ -99,6 +99,11 @@ class DFPIRConfig:
             perturbation_skip=True,
         )
 
+    @classmethod
+    def specialist(cls) -> DFPIRConfig:
+        """Return the sizes of the bundled weights' specialists: compact, with details."""
+        return replace(cls.compact(), details=2)
+
     @property
     def multiple(self) -> int:
         """Height and width are padded to a multiple of this inside the network."""

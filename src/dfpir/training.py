@@ -62,9 +62,6 @@ SPECIALTIES: dict[str, Degradation | None] = {
 }
 """What a specialist may be trained for, by name: noise of any strength, or one degradation."""
 
-DETAILS = 2
-"""Blocks of details of a specialist."""
-
 GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
 """Degradations judged from the whole scene: their patches are also cut from smaller copies."""
 
@@ -781,7 +778,7 @@ def train(
         if start is None:
             message = "A specialist needs a network to be part of. Name one with --from."
             raise ValueError(message)
-        config = replace(config, details=DETAILS)
+        config = replace(config, details=DFPIRConfig.specialist().details)
     pictures = Pictures.load(data)
     trainer = Trainer(
         config, settings, pictures, choose_device(device), output.with_suffix(".state")

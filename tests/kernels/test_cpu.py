@@ -187,6 +187,21 @@ def test_convolution_by_strips(rows, rearrange):
     assert sum(seen) == 2 * 10 * 6
 
 
+@pytest.mark.parametrize("rows", [None, 2, 5])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_convolution_is_added_to_a_residual(rows, gradient):
+    x, weight, residual = features(4, 10, 6), features(4, 3, 3, batch=8), features(8, 10, 6)
+    expected = residual + F.relu(F.conv2d(x, weight, padding=1))
+    given, seen = to_rows(residual), []
+    with torch.set_grad_enabled(gradient):
+        found = kernels.convolve(
+            to_rows(x), weight, F.relu, rows=rows, advance=seen.append, residual=given
+        )
+    assert_equal(from_rows(found), expected)
+    assert (found is given) != gradient  # in place, unless it could be wanted again
+    assert sum(seen) == 2 * 10 * 6
+
+
 def test_folded_matrices_follow_the_parameters():
     made, x = block(8, 2), features(8, 5, 6)
     with torch.no_grad():
