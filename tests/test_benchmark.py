@@ -160,7 +160,7 @@ def test_operations_are_those_of_the_arithmetic():
 @pytest.mark.parametrize("preset", ["compact", "specialist"])
 def test_memory_needed_bounds_what_a_child_takes(preset):
     taken = module.peak_in_child(preset, (512, 512), "dfpir", "float32")
-    config, cpu = module.PRESETS[preset](), torch.device("cpu")
+    config, cpu = getattr(DFPIRConfig, preset)(), torch.device("cpu")
     needed = module.memory_needed(config, (512, 512), torch.float32, device=cpu)
     assert needed / 4 < taken < needed
 
