@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -120,6 +121,8 @@ def read(path: str, stamp: tuple[int, int], dtype: torch.dtype) -> ModelPatcher:
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
+        # By itself it would count what specialists share once for each of them.
+        size=sum(value.nbytes for value in itertools.chain(model.parameters(), model.buffers())),
     )
 
 

@@ -9,7 +9,7 @@
 `memory` restores a zarr array in a process of its own and reports the most it held. `cluster` does
 so on local workers of one thread each: one and two, in turn, then two of which one is killed
 halfway. `seams` compares blocks of a slide or, with `--tile`, tiles of a picture with sampled
-statistics, to the picture restored as a whole, for every degradation. `cancel` asks both presets to
+statistics, to the picture restored as a whole, for every degradation. `cancel` asks every preset to
 stop at moments spread over their work, and reports how long that takes. `exact` compares what the
 package computes in tiles to the answer of the passes that other devices run in strips, and reports
 the memory. Not for Windows.

@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from conftest import SMALL_COMPACT, assert_equal, random_model
-from dfpir import checkpoint, training
+from dfpir import checkpoint, cli, training
 from dfpir.checkpoint import CheckpointError
 from dfpir.degradation import Degradation
 from dfpir.model import DFPIR, LEVELS
 from dfpir.restorer import Restorer
 from dfpir.tiling import Tiling
+from test_training import SETTINGS, trainer
 from test_training import pictures as pictures  # a fixture
-from test_training import trainer
 
 NOISES = tuple(each for each in Degradation if each.sigma is not None)
 LOWER = [*LEVELS[2], *LEVELS[3]]
@@ -86,11 +86,31 @@ def test_the_lower_levels_are_the_same_modules(specialised):
         assert not any(expert.get_submodule(p) is model.get_submodule(p) for p in own)
 
 
-def test_another_size_is_refused():
-    model = DFPIR(SMALL_COMPACT)
-    other = DFPIR(dataclasses.replace(SMALL_COMPACT, width=16))
+def specialist_for(*degradations, **changed):
+    return DFPIR(dataclasses.replace(SMALL_COMPACT, degradations=degradations, **changed))
+
+
+def test_what_does_not_fit_is_refused(specialised):
     with pytest.raises(ValueError, match="expected DFPIRConfig"):
-        model.specialise("noise", other, LOWER)
+        specialised.specialise("rain", specialist_for(Degradation.RAIN, width=16), LOWER)
+    for degradations in [(), (Degradation.RAIN, Degradation.NOISE_25)]:
+        with pytest.raises(ValueError, match="no other specialist has"):
+            specialised.specialise("rain", specialist_for(*degradations), LOWER)
+    rainless = DFPIR(dataclasses.replace(SMALL_COMPACT, degradations=NOISES))
+    with pytest.raises(ValueError, match="is for rain; expected"):
+        rainless.specialise("rain", specialist_for(Degradation.RAIN), LOWER)
+    specialised.specialise("noise", specialist_for(*NOISES), LOWER)  # in place of the other
+
+
+def test_a_specialist_without_details_may_be_part_of_a_network_with_some(tmp_path):
+    model = random_model(dataclasses.replace(SMALL_COMPACT, details=1))
+    plain = dataclasses.replace(SMALL_COMPACT, degradations=(Degradation.RAIN,))
+    model.specialise("rain", random_model(plain, seed=1), LOWER)
+    checkpoint.save(model, tmp_path / "w.safetensors")
+    loaded = checkpoint.load(tmp_path / "w.safetensors")
+    with torch.no_grad():
+        found = loaded(pixels(), Degradation.RAIN)
+        assert_equal(found, model(pixels(), Degradation.RAIN))
 
 
 @pytest.mark.parametrize("tiling", [None, Tiling(32, 8, statistics="sampled")])
@@ -135,19 +155,25 @@ def test_specialists_come_back_and_store_their_own_alone(saved):
     assert not any(key.startswith("specialists.noise.latent") for key in keys)
 
 
-CLAIM = {"degradations": ["noise-15"]}
+SHARED = [path for level in LEVELS[2:] for path in level]
+CLAIM = {"degradations": ["noise-15"], "shared": SHARED}
 
 
 @pytest.mark.parametrize(
     ("claims", "words"),
     [
         (json.dumps({}), "unexpected specialists.noise"),
-        (json.dumps({"noise": CLAIM, "rain": CLAIM}), None),
-        (json.dumps({"noise": {"degradations": ["fog"]}}), "fog"),
+        (json.dumps({"noise": CLAIM, "rain": CLAIM}), "'rain' shares"),
+        (json.dumps({"noise": CLAIM | {"degradations": ["fog"]}}), "fog"),
+        (json.dumps({"noise": CLAIM | {"degradations": []}}), "for nothing"),
+        (json.dumps({"noise": CLAIM | {"shared": [*SHARED, "all"]}}), "'noise' shares"),
+        (json.dumps({"noise": CLAIM | {"shared": SHARED[1:]}}), "missing down.1"),
+        (json.dumps({"noise": CLAIM | {"shared": [["latent"]]}}), "cannot be read"),
+        (json.dumps({"noise": {"degradations": ["noise-15"]}}), "cannot be read"),
         (json.dumps({"noise": {}}), "cannot be read"),
         (json.dumps({"noise": [1]}), "cannot be read"),
         (json.dumps(["noise"]), "cannot be read"),
-        (json.dumps({"noise": CLAIM, "a.b": CLAIM}), "cannot be read"),
+        (json.dumps({"noise": CLAIM, "a.b": CLAIM}), "'a.b' shares"),
         ("5", "cannot be read"),
         ("{", "cannot be read"),
     ],
@@ -155,9 +181,6 @@ CLAIM = {"degradations": ["noise-15"]}
 def test_lying_claims_are_refused(saved, claims, words):
     _, path = saved
     rewrite(path, claims=claims)
-    if words is None:  # one without any tensors of its own is the network itself
-        assert set(checkpoint.load(path).specialists) == {"noise", "rain"}
-        return
     with pytest.raises(CheckpointError, match=words):
         checkpoint.load(path)
 
@@ -193,17 +216,75 @@ def test_a_specialist_is_trained_in_its_own_levels(pictures, tmp_path, name, lev
     assert best.network_for(run.settings.kinds[0]) is best.specialists[name]
 
 
-def test_a_specialist_is_trained_further(pictures, tmp_path, specialised, caplog):
-    run = trainer(pictures, tmp_path, specialist="noise")
-    run.config = dataclasses.replace(run.config, details=2)
-    run = training.Trainer(run.config, run.settings, pictures, run.device, run.state_file)
+DETAILED = dataclasses.replace(SMALL_COMPACT, details=2)
+
+
+def noise_trainer(pictures, folder, **changed):
+    settings = dataclasses.replace(SETTINGS, **{"specialist": "noise", **changed})
+    state = folder / "run.state"
+    return training.Trainer(DETAILED, settings, pictures, torch.device("cpu"), state)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_a_specialist_is_trained_further(pictures, tmp_path, specialised, levels):
+    run = noise_trainer(pictures, tmp_path, levels=levels, batch=20)
     run.start_from(specialised)
-    assert torch.equal(run.model.embed.weight, specialised.specialists["noise"].embed.weight)
-    assert not caplog.records
+    before = specialised.specialists["noise"].embed.weight
+    assert torch.equal(run.model.embed.weight, before)
+    with run.threads() as pool:
+        run.train_step(pool)
+    assert not torch.equal(run.average.embed.weight, before)
+    run.average.eval()
+    kind = Degradation.NOISE_25
+    with torch.no_grad():
+        assert_equal(run.result()(pixels(), kind), run.average(pixels(), kind))
+
+
+def test_details_add_nothing_at_first_and_learn(pictures, tmp_path):
+    begun, run = random_model(SMALL_COMPACT), noise_trainer(pictures, tmp_path)
+    run.start_from(begun)
+    run.average.eval()
+    with torch.no_grad():
+        expected = begun(pixels(), Degradation.NOISE_15)
+        assert_equal(run.average(pixels(), Degradation.NOISE_15), expected)
+    run.train_step()
+    assert all(float(each.second.weight.abs().max()) > 0 for each in run.model.details)
+
+
+def test_training_the_network_leaves_specialists_behind(pictures, tmp_path, specialised, caplog):
     whole = trainer(pictures, tmp_path)
     whole.start_from(specialised)
     assert torch.equal(whole.model.embed.weight, specialised.embed.weight)
     assert not whole.result().specialists and "noise) are left behind" in caplog.text
+
+
+def test_a_specialist_resumes_as_what_it_is(pictures, tmp_path, specialised):
+    run = noise_trainer(pictures, tmp_path)
+    with pytest.raises(ValueError, match="Name one with --from"):
+        run.run()
+    run.start_from(specialised)
+    run.train_step()
+    run.save()
+
+    def resume(start=specialised, **changed):
+        resumed = noise_trainer(pictures, tmp_path, **changed)
+        resumed.start_from(start)
+        resumed.resume()
+        return resumed
+
+    resumed = resume()
+    for each in (run, resumed):
+        each.train_step()
+    assert torch.equal(resumed.average.embed.weight, run.average.embed.weight)
+    for changed in ({"specialist": "rain"}, {"levels": 1}, {"specialist": ""}):
+        with pytest.raises(ValueError, match="same preset, specialist and levels"):
+            resume(**changed)
+    other = random_model(SMALL_COMPACT, seed=3)
+    with pytest.raises(ValueError, match="give the same --from"):
+        resume(other)
+    rainless = random_model(dataclasses.replace(SMALL_COMPACT, degradations=NOISES))
+    with pytest.raises(ValueError, match="know no rain"):
+        noise_trainer(pictures, tmp_path, specialist="rain").start_from(rainless)
 
 
 def test_a_specialist_needs_a_network_and_a_specialty(tmp_path):
@@ -212,3 +293,6 @@ def test_a_specialist_needs_a_network_and_a_specialty(tmp_path):
         training.train(tmp_path, output, specialist="noise")
     with pytest.raises(ValueError, match="choose one of: noise, rain, haze, blur, low-light"):
         training.train(tmp_path, output, start="x", specialist="fog")
+    with pytest.raises(ValueError, match="1 to 4 levels; found 5"):
+        training.train(tmp_path, output, start="x", specialist="rain", levels=5)
+    assert cli.main(["train", "--data", str(tmp_path), "-o", str(output), "--levels", "1"]) == 2

@@ -130,6 +130,19 @@ def test_noise_pairs_are_half_raw(sharp):
     assert 0.3 < float((sigmas == 25).float().mean()) * 3 / 0.5 * 0.5 < 0.8
 
 
+def test_some_noise_grows_with_the_light(sharp):
+    pixels = sharp[:1, :, :32, :32].expand(300, -1, -1, -1)
+    deviation = synthesis.shot_noise(pixels, torch.full((300, 1, 1, 1), 20.0), seeded())
+    root_mean_square = deviation.square().mean(dim=(1, 2, 3)).sqrt()
+    assert torch.allclose(root_mean_square, torch.full((300,), 20.0), rtol=1e-3)
+    growing = (deviation != deviation[:, :1, :1, :1]).flatten(1).any(dim=1)
+    assert 0.3 < float(growing.float().mean()) < 0.5
+    bright, dark = (pixels[0] > pixels[0].quantile(0.9)), (pixels[0] < pixels[0].quantile(0.1))
+    for image in deviation[growing]:
+        # Of the variance at least a third is in proportion to the light.
+        assert image[bright].mean() > 1.2 * image[dark].mean()
+
+
 def test_nearest_noise_is_that_of_single_numbers():
     sigmas = torch.linspace(3, 75, 500)
     expected = [Degradation.nearest_noise(sigma).index for sigma in sigmas.tolist()]

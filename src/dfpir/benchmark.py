@@ -479,7 +479,7 @@ def choose_dtypes(gemm: dict[str, float]) -> list[str]:
 
 def run_benchmark(
     *,
-    presets: Sequence[str] = ("paper", "compact"),
+    presets: Sequence[str] = tuple(PRESETS),
     sizes: Sequence[tuple[int, int]] = SIZES,
     variants: Sequence[str] = ("plain", "compiled", "dfpir"),
     device: str | torch.device = "cpu",

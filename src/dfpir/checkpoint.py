@@ -246,8 +246,6 @@ def specialise(
 ) -> None:
     """Give a network the specialists whose own tensors and degradations were stored with it.
 
-    A module without tensors of its own is that of the network.
-
     Raises
     ------
     CheckpointError
@@ -261,11 +259,11 @@ def specialise(
             raise CheckpointError(message)
         parts[name][rest] = value
     for name, tensors in parts.items():
-        shared = [
-            path
-            for path in itertools.chain.from_iterable(LEVELS)
-            if not any(key.startswith(f"{path}.") for key in tensors)
-        ]
+        shared = claimed[name]["shared"]
+        strange = set(shared).difference(*LEVELS) or not tensors
+        if strange:
+            message = f"specialist {name!r} shares {shared}. Use another weights file."
+            raise CheckpointError(message)
         for path in shared:
             module = model.get_submodule(path)
             tensors.update({f"{path}.{key}": value for key, value in module.state_dict().items()})
@@ -339,7 +337,10 @@ def save(
     if model.specialists:
         header["specialists"] = json.dumps(
             {
-                name: {"degradations": [member.value for member in each.config.degradations]}
+                name: {
+                    "degradations": [member.value for member in each.config.degradations],
+                    "shared": shared_modules(model, each),
+                }
                 for name, each in model.named_specialists()
             }
         )

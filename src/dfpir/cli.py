@@ -591,6 +591,9 @@ def run_train(options: argparse.Namespace) -> int:
     if options.specialist and options.classifier:
         message = "--specialist is for the network, not for the classifier; leave it out"
         raise UsageError(message)
+    if options.levels is not None and not options.specialist:
+        message = "--levels is for a specialist; name it with --specialist"
+        raise UsageError(message)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.classifier:
         from dfpir.classifier_training import train_classifier

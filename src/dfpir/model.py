@@ -848,12 +848,22 @@ class DFPIR(Encoder):
         Raises
         ------
         ValueError
-            If it is of other sizes; only `details` and `degradations` may differ.
+            If it is of other sizes, only `details` and `degradations` may differ; or if its
+            degradations are none, not this network's, or another specialist's.
         """
         own = network.config
         expected = replace(self.config, details=own.details, degradations=own.degradations)
         if own != expected:
             message = f"Specialist {name!r} is a {own}; expected {expected}. Use another preset."
+            raise ValueError(message)
+        others = [each for known, each in self.named_specialists() if known != name]
+        taken = {member for each in others for member in each.config.degradations}
+        if not own.degradations or not set(own.degradations) <= {*self.config.degradations} - taken:
+            names = ", ".join(member.value for member in own.degradations)
+            message = (
+                f"Specialist {name!r} is for {names or 'nothing'}; expected degradations of the "
+                "network that no other specialist has. Use another weights file."
+            )
             raise ValueError(message)
         for path in shared:
             parent, _, child = path.rpartition(".")

@@ -313,12 +313,12 @@ def degrade(
 def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return noisy inputs, their targets and the sigmas (N,) in grey levels, for training.
 
-    Half of the sigmas are the prompts' own, half spread from 3 to 75. Half of the images are
-    clipped and quantised as in the paper's protocol; the others are dimmed, raised on a pedestal
-    and left unclipped, as a camera's raw counts are, and their targets with them. Without these
-    a network learns that noise on dark ground must be darkened. A sixth of the images are turned
-    grey: their noise is the same in all channels, which is no noise to a network that has only
-    seen it differ between them.
+    Half of the sigmas are the prompts' own, half spread from 3 to 75; some of the noise grows with
+    the light (see `shot_noise`). Half of the images are clipped and quantised as in the paper's
+    protocol; the others are dimmed, raised on a pedestal and left unclipped, as a camera's raw
+    counts are, and their targets with them. Without these a network learns that noise on dark
+    ground must be darkened. A sixth of the images are turned grey: their noise is the same in all
+    channels, which is no noise to a network that has only seen it differ between them.
     """
     count = len(pixels)
     turned = (rand(count, 1, 1, 1, generator=generator) < 1 / 6).to(pixels.device)
@@ -334,8 +334,26 @@ def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, T
     pedestal = torch.where(raw, uniform(count, 0.0, 0.3, generator), 0.0)
     raw, gain, pedestal = (value.to(pixels.device) for value in (raw, gain, pedestal))
     targets = pixels * gain + pedestal
-    noisy = gaussian_noise(targets, sigma, generator)
+    noisy = gaussian_noise(targets, shot_noise(targets, sigma, generator), generator)
     return torch.where(raw, noisy, quantised(noisy)), targets, sigma.flatten()
+
+
+def shot_noise(pixels: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
+    """Let the noise of two images in five grow with their light, as that of photons does.
+
+    Returns
+    -------
+    Tensor, (N, 3, H, W)
+        Standard deviation at each value, in grey levels. Its mean square over an image is that of
+        `sigma` (N, 1, 1, 1); from a third to all of the variance is proportional to the value.
+    """
+    count = len(pixels)
+    part = uniform(count, 1 / 3, 1, generator)
+    part = part * (rand(count, 1, 1, 1, generator=generator) < 0.4)
+    part, sigma = part.to(pixels.device), sigma.to(pixels.device)
+    light = pixels.clamp(min=1e-3)
+    light = light / light.mean(dim=(1, 2, 3), keepdim=True)
+    return sigma * (1 - part + part * light).sqrt()
 
 
 def nearest_noise(sigmas: Tensor) -> Tensor:

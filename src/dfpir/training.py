@@ -413,6 +413,16 @@ def sharing(model: DFPIR) -> DFPIR:
     return replica
 
 
+def identity(described: Mapping[str, Any]) -> dict[str, object]:
+    """Return what a run and one that resumes it must have in common.
+
+    States written before there were specialists say nothing of them.
+    """
+    settings = described["settings"]
+    specialist = {"specialist": settings.get("specialist", ""), "levels": settings.get("levels", 2)}
+    return {"details": 0, **described["config"], **specialist}
+
+
 class Trainer:
     """State of one run: the network, its average, the optimisers, and the log.
 
@@ -509,18 +519,24 @@ class Trainer:
         Raises
         ------
         ValueError
-            If there is none, or it is of another network.
+            If there is none, or it is of another network, specialist or start.
         """
         if not self.state_file.is_file():
             message = f"{self.state_file}: nothing to resume; start without --resume."
             raise ValueError(message)
         state = torch.load(self.state_file, map_location=self.device, weights_only=True)
-        if state["config"] != self.described()["config"]:
+        before, now = (identity(described) for described in (state, self.described()))
+        if before != now:
             message = (
-                f"{self.state_file}: was trained as {state['config']}, asked for "
-                f"{self.described()['config']}. Resume with the same preset."
+                f"{self.state_file}: was trained as {before}, asked for {now}. Resume with the "
+                "same preset, specialist and levels."
             )
             raise ValueError(message)
+        if self.settings.specialist:
+            theirs = self.shared_state(self.beginning().state_dict())
+            if not all(torch.equal(state["model"][key].cpu(), theirs[key].cpu()) for key in theirs):
+                message = f"{self.state_file}: began from other weights; give the same --from."
+                raise ValueError(message)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
@@ -555,22 +571,43 @@ class Trainer:
                 "levels that they were trained with.",
                 ", ".join(model.specialists),
             )
+        missing = [k.value for k in self.settings.kinds if k not in model.config.degradations]
+        if self.settings.specialist and missing:
+            message = f"The weights know no {', '.join(missing)}; choose another specialist."
+            raise ValueError(message)
         state = self.model.state_dict()
         state.update({key: value for key, value in begun.state_dict().items() if key in state})
+        if self.settings.specialist:  # what had been its own may be no longer
+            state.update(self.shared_state(model.state_dict()))
         self.model.load_state_dict(state)
         self.average.load_state_dict(state)
         self.start = model
+
+    def shared_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those tensors of a state that belong to modules a specialist shares."""
+        modules = tuple(f"{path}." for path in self.shared)
+        return {key: value for key, value in state.items() if key.startswith(modules)}
+
+    def beginning(self) -> DFPIR:
+        """Return the network that a specialist belongs to.
+
+        Raises
+        ------
+        ValueError
+            If there is none.
+        """
+        if self.start is None:
+            message = "A specialist needs a network to be part of. Name one with --from."
+            raise ValueError(message)
+        return self.start
 
     def result(self) -> DFPIR:
         """Return the average; if it is a specialist, within the network that it began from."""
         average = copy.deepcopy(self.average)
         if not self.settings.specialist:
             return average
-        if self.start is None:
-            message = "A specialist needs a network to be part of. Name one with --from."
-            raise ValueError(message)
         average.config = replace(average.config, degradations=self.settings.kinds)
-        network = copy.deepcopy(self.start).to(self.device)
+        network = copy.deepcopy(self.beginning()).to(self.device)
         network.specialise(self.settings.specialist, average, self.shared)
         return network
 
@@ -665,6 +702,8 @@ class Trainer:
 
     def run(self, *, every: int = 10_000, save_seconds: float = 180.0) -> None:
         """Train to the end of the settings' patches, validating after each `every` patches."""
+        if self.settings.specialist:
+            self.beginning()
         losses: list[Tensor] = []
         started = saved = time.monotonic()
         before = self.seconds
@@ -774,6 +813,9 @@ def train(
                 f"There is no specialist for {settings.specialist!r}; choose one of: "
                 f"{', '.join(SPECIALTIES)}."
             )
+            raise ValueError(message)
+        if not 1 <= settings.levels <= len(LEVELS):
+            message = f"A specialist has 1 to {len(LEVELS)} levels; found {settings.levels}."
             raise ValueError(message)
         if start is None:
             message = "A specialist needs a network to be part of. Name one with --from."

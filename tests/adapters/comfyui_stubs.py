@@ -96,8 +96,9 @@ class ProgressBar:
 
 
 class ModelPatcher:
-    def __init__(self, model, load_device, offload_device):
+    def __init__(self, model, load_device, offload_device, size=0):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
+        self.size = size
 
 
 class Host:
