@@ -269,6 +269,25 @@ def test_side_by_side_is_one_after_the_other(pictures, tmp_path, monkeypatch, wo
     assert again == shared
 
 
+def test_threads_that_come_after_a_training_are_as_before(pictures, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def of_a_new_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    usual = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run = trainer(pictures, tmp_path, batch=20)
+        assert len(run.replicas) == 2
+        with run.threads() as pool:
+            assert pool.submit(torch.get_num_threads).result() == 1
+        assert of_a_new_thread() == 2
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_pictures_are_split_by_name(tmp_path):
     (tmp_path / "micrographs").mkdir()
     for number in range(50):

@@ -9,16 +9,17 @@ every operation, the cores would spend much of their time waiting for each other
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -694,11 +695,17 @@ class Trainer:
         self.update()
         return error
 
-    def threads(self) -> ThreadPoolExecutor:
-        """Return one thread for each replica, none of which starts further ones."""
-        if len(self.replicas) == 1:
-            return ThreadPoolExecutor(1)
-        return ThreadPoolExecutor(len(self.replicas), initializer=lambda: torch.set_num_threads(1))
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[ThreadPoolExecutor]:
+        """Lend one thread for each replica; where there are several, none starts further ones."""
+        usual = torch.get_num_threads()
+        alone = len(self.replicas) == 1
+        only_one = None if alone else partial(torch.set_num_threads, 1)
+        with ThreadPoolExecutor(len(self.replicas), initializer=only_one) as pool:
+            try:
+                yield pool
+            finally:
+                torch.set_num_threads(usual)  # or every thread to come would have but one, too
 
     def run(self, *, every: int = 10_000, save_seconds: float = 180.0) -> None:
         """Train to the end of the settings' patches, validating after each `every` patches."""
