@@ -313,9 +313,8 @@ def main():
     parser.add_argument("--pictures", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args()
     options.side = options.side or SIDES[options.what]
-    measures = {"memory": memory, "cluster": cluster, "seams": seams, "cancel": cancel}
-    measures["exact"] = exact
-    measures[options.what](options)
+    measures = [memory, cluster, seams, cancel, exact]
+    {each.__name__: each for each in measures}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dfpir import checkpoint
+from dfpir.classifier import NOISE
 from dfpir.degradation import Degradation
 from dfpir.files import find_images, read_image
 from dfpir.model import DFPIR, LEVELS, PERTURBED, DFPIRConfig
@@ -56,11 +57,7 @@ SHARES: dict[Degradation | None, float] = {
 }
 """Fraction of the pixels that each degradation gets."""
 
-NOISE = "noise"
-SPECIALTIES: dict[str, Degradation | None] = {
-    NOISE: None,
-    **{kind.value: kind for kind in SHARES if kind is not None},
-}
+SPECIALTIES = {NOISE if kind is None else kind.value: kind for kind in SHARES}
 """What a specialist may be trained for, by name: noise of any strength, or one degradation."""
 
 GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
