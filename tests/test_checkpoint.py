@@ -132,12 +132,55 @@ def test_files_have_the_permissions_of_any_new_file(saved, tmp_path):
     assert saved[1].stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_half_precision_halves_the_file(saved, tmp_path):
+@pytest.fixture
+def small(saved, tmp_path, monkeypatch):
+    """A compressed file; here a thousand values are many."""
+    monkeypatch.setattr(checkpoint, "MANY_VALUES", 1000)
+    path = tmp_path / "small.safetensors"
+    checkpoint.save(saved[0], path, compress=True)
+    return path
+
+
+def test_a_compressed_file_is_small_and_comes_back_nearly_the_same(saved, small, tmp_path):
     model, path = saved
-    half = tmp_path / "half.safetensors"
-    checkpoint.save(model, half, dtype=torch.float16)
-    assert half.stat().st_size < 0.7 * path.stat().st_size
-    assert next(checkpoint.load(half).parameters()).dtype == torch.float32
+    assert small.stat().st_size < 0.5 * path.stat().st_size
+    loaded = checkpoint.load(small)
+    stored = load_file(small)
+    kinds = {value.dtype for key, value in stored.items() if not key.endswith(checkpoint.SCALE)}
+    assert kinds == {torch.int8, torch.int16, torch.float16}
+    for key, value in model.named_parameters():
+        found = loaded.get_parameter(key)
+        assert found.dtype == torch.float32
+        # Half a step of 127, or 11 bits.
+        largest = value.abs().amax(dim=tuple(range(1, value.ndim)), keepdim=True)
+        bound = largest / 253 if value.numel() >= 1000 else value.abs() / 2000 + 1e-7
+        assert ((found - value).abs() <= bound).all(), key
+    again = tmp_path / "again.safetensors"
+    checkpoint.save(loaded, again, compress=True)
+    for key, value in load_file(again).items():
+        torch.testing.assert_close(value, stored[key])  # compressed twice is compressed once
+
+
+def test_weights_of_zero_can_be_compressed():
+    stored = checkpoint.compressed({"a": torch.zeros(256, 256, 1, 1)})
+    assert torch.equal(checkpoint.expanded(stored)["a"], torch.zeros(256, 256, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"drop": f"latent.0.attention.qkv.weight{checkpoint.SCALE}"},
+        {"drop": "latent.0.attention.qkv.weight"},
+        {f"latent.0.attention.qkv.weight{checkpoint.SCALE}": torch.ones(192)},
+        {f"latent.0.attention.qkv.weight{checkpoint.SCALE}": torch.full((192, 1, 1, 1), torch.inf)},
+        {f"embed.weight{checkpoint.SCALE}": torch.ones(8, 1, 1, 1)},
+    ],
+    ids=["no scale", "scale alone", "shape", "infinite", "left over"],
+)
+def test_scales_that_do_not_fit_are_refused(small, damage):
+    rewrite(small, **damage)
+    with pytest.raises(CheckpointError, match=str(small)):
+        checkpoint.load(small)
 
 
 def test_a_pickle_is_refused_and_explained(tmp_path):

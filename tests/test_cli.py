@@ -137,6 +137,9 @@ def test_usage_errors_take_one_line(arguments, capsys):
         ["train", "--data", ".", "-o", "a.pt"],
         ["train", "--data", ".", "-o", "a.safetensors", "--part", "0"],
         ["train", "--data", ".", "-o", "a.safetensors", "--classifier", "--batch", "4"],
+        ["train", "--data", ".", "-o", "a.safetensors", "--classifier", "--learning-rate", "1"],
+        ["train", "--data", ".", "-o", "a.safetensors", "--classifier", "--preset", "compact"],
+        ["train", "--data", ".", "-o", "a.safetensors", "--learning-rate", "0"],
     ],
 )
 def test_training_checks_its_arguments(arguments, capsys):

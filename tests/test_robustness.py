@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from conftest import SMALL, random_model
 from dfpir import checkpoint, restorer, weights
 from dfpir.checkpoint import CheckpointError
+from dfpir.classifier import FORMAT as CLASSIFIER_FORMAT
 from dfpir.classifier import load_classifier
 from dfpir.files import ImageFileError, read_image, write_image
 from dfpir.weights import WeightsError
@@ -178,6 +179,18 @@ def test_damaged_weights_are_refused_in_one_line(saved, thorough):
 def test_absurd_headers_are_refused(tmp_path, load, content):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(content)
+    with bounded(), pytest.raises(CheckpointError, match=str(path)):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("load", "form"),
+    [(checkpoint.load, checkpoint.FORMAT), (load_classifier, CLASSIFIER_FORMAT)],
+)
+def test_a_bottomless_configuration_is_refused(tmp_path, load, form):
+    path = tmp_path / "weights.safetensors"
+    header = {"format": form, "config": "[" * 200_000}
+    checkpoint.write_tensors(path, {"embed.weight": torch.zeros(1)}, header)
     with bounded(), pytest.raises(CheckpointError, match=str(path)):
         load(path)
 

@@ -251,11 +251,19 @@ def test_details_add_nothing_at_first_and_learn(pictures, tmp_path):
     assert all(float(each.second.weight.abs().max()) > 0 for each in run.model.details)
 
 
-def test_training_the_network_leaves_specialists_behind(pictures, tmp_path, specialised, caplog):
+def test_training_the_network_takes_specialists_along(pictures, tmp_path, specialised, caplog):
     whole = trainer(pictures, tmp_path)
     whole.start_from(specialised)
     assert torch.equal(whole.model.embed.weight, specialised.embed.weight)
-    assert not whole.result().specialists and "noise) are left behind" in caplog.text
+    whole.train_step()
+    result = whole.result()
+    before, after = specialised.specialists["noise"], result.specialists["noise"]
+    assert "train them anew" in caplog.text
+    assert checkpoint.shared_modules(result, after) == LOWER
+    for path in itertools.chain(*LEVELS[:2]):
+        states = (each.get_submodule(path).state_dict() for each in (before, after))
+        assert all(map(torch.equal, *(state.values() for state in states)))
+    assert not torch.equal(result.latent[0].norm1.bias, specialised.latent[0].norm1.bias)
 
 
 def test_a_specialist_resumes_as_what_it_is(pictures, tmp_path, specialised):
@@ -287,10 +295,10 @@ def test_a_specialist_resumes_as_what_it_is(pictures, tmp_path, specialised):
         noise_trainer(pictures, tmp_path, specialist="rain").start_from(rainless)
 
 
-def test_a_specialist_needs_a_network_and_a_specialty(tmp_path):
+def test_a_specialist_needs_a_network_and_a_specialty(pictures, tmp_path):
     output = tmp_path / "out.safetensors"
     with pytest.raises(ValueError, match="Name one with --from"):
-        training.train(tmp_path, output, specialist="noise")
+        noise_trainer(pictures, tmp_path).run()
     with pytest.raises(ValueError, match="choose one of: noise, rain, haze, blur, low-light"):
         training.train(tmp_path, output, start="x", specialist="fog")
     with pytest.raises(ValueError, match="1 to 4 levels; found 5"):

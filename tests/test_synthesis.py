@@ -89,7 +89,7 @@ def test_a_good_exposure_is_nearer_to_the_middle_and_keeps_order(sharp, brightne
     before, after = (
         (side.mean(dim=(1, 2, 3)) - synthesis.WELL_EXPOSED).abs() for side in (pixels, exposed)
     )
-    assert (after <= torch.maximum(0.6 * before, torch.tensor(0.03))).all()
+    assert (after <= torch.maximum(0.75 * before, torch.tensor(0.03))).all()
     for dim, bright in zip(pixels, exposed, strict=True):
         assert (bright.flatten()[dim.flatten().argsort()].diff() >= -1e-6).all()
 
@@ -121,12 +121,12 @@ def test_haze_thickens_with_depth(sharp, monkeypatch):
 def test_noise_pairs_are_half_raw(sharp):
     pixels = sharp[:1, :, :32, :32].expand(200, -1, -1, -1)
     noisy, targets, sigmas = synthesis.noise_pairs(pixels, seeded())
-    raw = (targets != pixels).flatten(1).any(dim=1)
-    assert 0.35 < float(raw.float().mean()) < 0.65
+    raw = (targets != pixels).flatten(1).any(dim=1)  # or turned grey, as one in six is
+    assert 0.45 < float(raw.float().mean()) < 0.71
     clipped = noisy[~raw]
     assert float(clipped.min()) >= 0 and float(clipped.max()) <= 1
     assert float(noisy[raw].min()) < 0  # not clipped
-    assert float(sigmas.min()) >= 3 and float(sigmas.max()) <= 75
+    assert float(sigmas.min()) >= 3 and 75 < float(sigmas.max()) <= 80
     assert 0.3 < float((sigmas == 25).float().mean()) * 3 / 0.5 * 0.5 < 0.8
 
 

@@ -518,7 +518,7 @@ def load_classifier(path: Path) -> DegradationClassifier:
             json.loads(header.get("config", "null")),
         )
         return build(config, tensors)
-    except (CheckpointError, json.JSONDecodeError) as error:
+    except (CheckpointError, json.JSONDecodeError, RecursionError) as error:
         message = f"{path}: {error} {advice}"
         raise CheckpointError(message) from None
 

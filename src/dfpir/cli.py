@@ -205,7 +205,7 @@ def add_train(commands: Commands) -> None:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT.safetensors", help="the weights"
     )
-    parser.add_argument("--preset", choices=["compact", "paper"], default="compact")
+    parser.add_argument("--preset", choices=["compact", "paper"], help="default: compact")
     parser.add_argument("--patches", type=int, metavar="N", help="patches to see in all")
     parser.add_argument("--batch", type=int, metavar="N", help="patches per step")
     parser.add_argument("--part", type=int, metavar="N", help="patches computed together")
@@ -585,12 +585,15 @@ def run_train(options: argparse.Namespace) -> int:
         if value is not None and value < 1:
             message = f"--{name} is {value}; expected 1 or more"
             raise UsageError(message)
-        if value is not None and options.classifier and name != "patches":
-            message = f"--{name} is for the network, not for the classifier; leave it out"
-            raise UsageError(message)
-    if options.specialist and options.classifier:
-        message = "--specialist is for the network, not for the classifier; leave it out"
+    if options.learning_rate is not None and not options.learning_rate > 0:
+        message = f"--learning-rate is {options.learning_rate}; expected a number above 0"
         raise UsageError(message)
+    networks = ("preset", "batch", "part", "patch", "learning_rate", "specialist", "levels")
+    for name in networks if options.classifier else ():
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            message = f"--{option} is for the network, not for the classifier; leave it out"
+            raise UsageError(message)
     if options.levels is not None and not options.specialist:
         message = "--levels is for a specialist; name it with --specialist"
         raise UsageError(message)
@@ -609,21 +612,10 @@ def run_train(options: argparse.Namespace) -> int:
     else:
         from dfpir.training import train
 
-        names = (
-            "patches",
-            "batch",
-            "part",
-            "patch",
-            "learning_rate",
-            "seed",
-            "specialist",
-            "levels",
-        )
-        chosen = {name: getattr(options, name) for name in names}
+        chosen = {name: getattr(options, name) for name in (*networks, "patches", "seed")}
         facts = train(
             options.data,
             options.output,
-            preset=options.preset,
             device=options.device,
             resume=options.resume,
             start=options.start,

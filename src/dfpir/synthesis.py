@@ -133,7 +133,8 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
     The inverse depth of a plane is linear in the coordinates of a picture. What is seen of a
     floor, a ceiling, two walls and the ground between them is the nearest of their planes; some of
     them are absent. On it lie soft relief and objects: a random mixture of colours, smoothed and
-    cut into bands, has its edges on edges of the picture.
+    cut into bands, has its edges on edges of the picture. Nothing need be near: the nearest point
+    may be up to half as far away as the farthest.
     """
     count, _, height, width = pixels.shape
     device = generator.device
@@ -156,20 +157,24 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
     objects = (objects * bands).round() / bands
     strength = uniform(count, 0, 1, generator), uniform(count, 0, 1, generator)
     nearness = nearness * torch.exp(strength[0] * relief + strength[1] * objects)
-    return (nearness.amin((2, 3), True) / nearness).to(pixels.device)
+    depth = nearness.amin((2, 3), True) / nearness
+    nearest = depth.amin((2, 3), True)
+    moved = torch.maximum(nearest, uniform(count, 0, 0.5, generator))
+    depth = moved + (depth - nearest) * (1 - moved) / (1 - nearest).clamp(min=1e-3)
+    return depth.to(pixels.device)
 
 
 def haze(pixels: Tensor, generator: Generator, beta: float | None = None) -> Tensor:
     """Scatter light on the way to the camera: J t + A (1 - t) with t = exp(-beta * depth).
 
-    Depth is 1 at the farthest point; `beta` is drawn from 0.7 to 5 if not given.
+    Depth is 1 at the farthest point; `beta` is drawn from 0.5 to 3 if not given.
 
     References
     ----------
     .. [1] Narasimhan and Nayar, "Vision and the Atmosphere", IJCV 2002, section 3.
     """
     count = len(pixels)
-    thickness = given_or(beta, log_uniform(count, 0.7, 5.0, generator))
+    thickness = given_or(beta, log_uniform(count, 0.5, 3.0, generator))
     light = uniform(count, 0.65, 1.0, generator)
     tint = 1 + 0.06 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
     thickness, light = (value.to(pixels.device) for value in (thickness, light * tint))
@@ -229,7 +234,8 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
 
     In most images the noise is shot and read noise, in half of those smeared over neighbouring
     pixels, as the interpolation of colours and a camera's own denoising leave it. `exposure`, the
-    fraction of the light, is drawn from 0.004 to 0.2 if not given.
+    fraction of the light, is drawn from 0.004 to 0.2 if not given; in two of three images it is
+    four to six and a half stops too little, as in most pictures that somebody wants to brighten.
     """
     count = len(pixels)
     # Cameras draw curves of their own through the shadows: a power, with a straight foot that is
@@ -237,7 +243,10 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     power = uniform(count, 0.38, 0.55, generator)
     foot = log_uniform(count, 3e-5, 3e-3, generator)
     contrast = log_uniform(count, 0.7, 1.8, generator)
-    light = given_or(exposure, log_uniform(count, 0.004, 0.2, generator)) ** (1 / contrast)
+    usual = log_uniform(count, 2**-6.5, 2**-4, generator)
+    any_light = log_uniform(count, 0.004, 0.2, generator)
+    drawn = torch.where(rand(count, 1, 1, 1, generator=generator) < 2 / 3, usual, any_light)
+    light = given_or(exposure, drawn) ** (1 / contrast)
     balance = 1 + 0.4 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
     black = 0.001 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
     noisy = (rand(count, 1, 1, 1, generator=generator) < 0.8).float()
@@ -263,13 +272,13 @@ WELL_EXPOSED = 0.46
 
 
 def well_exposed(pixels: Tensor) -> Tensor:
-    """Bring the mean of each picture most of the way to `WELL_EXPOSED`, by a gamma curve.
+    """Bring the mean of each picture half-way to `WELL_EXPOSED`, by a gamma curve.
 
-    How bright a scene was cannot be told in the dark. What is restored has to be a good exposure
-    of it, not a guess at the one that somebody chose.
+    How bright a scene was can hardly be told in the dark. What is restored has to be a good
+    exposure of it; but what was darker than other scenes, and is in the dark, may remain so.
     """
     mean = pixels.mean(dim=(1, 2, 3), keepdim=True).clamp(0.02, 0.98)
-    exponent = (math.log(WELL_EXPOSED) / mean.log()) ** 0.8
+    exponent = (math.log(WELL_EXPOSED) / mean.log()) ** 0.5
     return pixels.clamp(min=1e-4) ** exponent.clamp(0.5, 2)
 
 
@@ -313,12 +322,13 @@ def degrade(
 def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return noisy inputs, their targets and the sigmas (N,) in grey levels, for training.
 
-    Half of the sigmas are the prompts' own, half spread from 3 to 75; some of the noise grows with
-    the light (see `shot_noise`). Half of the images are clipped and quantised as in the paper's
-    protocol; the others are dimmed, raised on a pedestal and left unclipped, as a camera's raw
-    counts are, and their targets with them. Without these a network learns that noise on dark
-    ground must be darkened. A sixth of the images are turned grey: their noise is the same in all
-    channels, which is no noise to a network that has only seen it differ between them.
+    Half of the sigmas are the prompts' own, an eighth is strong, from 50 to 80, and the others
+    spread from 3 to 75; some of the noise grows with the light (see `shot_noise`). Half of the
+    images are clipped and quantised as in the paper's protocol; the others are dimmed, raised on a
+    pedestal and left unclipped, as a camera's raw counts are, and their targets with them. Without
+    these a network learns that noise on dark ground must be darkened. A sixth of the images are
+    turned grey: their noise is the same in all channels, which is no noise to a network that has
+    only seen it differ between them.
     """
     count = len(pixels)
     turned = (rand(count, 1, 1, 1, generator=generator) < 1 / 6).to(pixels.device)
@@ -328,7 +338,9 @@ def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, T
     drawn = torch.randint(3, (count,), generator=generator, device=device)
     exact = prompts[drawn].reshape(-1, 1, 1, 1)
     spread = log_uniform(count, 3, 75, generator)
-    sigma = torch.where(rand(count, 1, 1, 1, generator=generator) < 0.5, exact, spread)
+    strong = uniform(count, 50, 80, generator)
+    draw = rand(count, 1, 1, 1, generator=generator)
+    sigma = torch.where(draw < 0.5, exact, torch.where(draw < 0.625, strong, spread))
     raw = rand(count, 1, 1, 1, generator=generator) < 0.5
     gain = torch.where(raw, uniform(count, 0.3, 1.0, generator), 1.0)
     pedestal = torch.where(raw, uniform(count, 0.0, 0.3, generator), 0.0)

@@ -49,13 +49,17 @@ MICROGRAPHS = "micrographs"
 """Pictures in a folder of this name are fluorescence or stained tissue, not photographs."""
 
 SHARES: dict[Degradation | None, float] = {
-    None: 0.36,  # noise of any strength
-    Degradation.RAIN: 0.14,
-    Degradation.HAZE: 0.16,
-    Degradation.BLUR: 0.13,
-    Degradation.LOW_LIGHT: 0.21,
+    None: 0.08,  # noise of any strength
+    Degradation.RAIN: 0.06,
+    Degradation.HAZE: 0.30,
+    Degradation.BLUR: 0.24,
+    Degradation.LOW_LIGHT: 0.32,
 }
-"""Fraction of the pixels that each degradation gets."""
+"""Fraction of the pixels that each degradation gets.
+
+Noise and rain have specialists; of them the network need know no more than its deeper levels, which
+the specialists share, must not forget.
+"""
 
 SPECIALTIES = {NOISE if kind is None else kind.value: kind for kind in SHARES}
 """What a specialist may be trained for, by name: noise of any strength, or one degradation."""
@@ -565,8 +569,8 @@ class Trainer:
             raise ValueError(message)
         if model.specialists and not self.settings.specialist:
             logger.warning(
-                "The specialists of these weights (%s) are left behind: they go with the lower "
-                "levels that they were trained with.",
+                "The specialists of these weights (%s) come along as they are, but get other lower "
+                "levels: train them anew, by --specialist, --from the result.",
                 ", ".join(model.specialists),
             )
         missing = [k.value for k in self.settings.kinds if k not in model.config.degradations]
@@ -600,9 +604,17 @@ class Trainer:
         return self.start
 
     def result(self) -> DFPIR:
-        """Return the average; if it is a specialist, within the network that it began from."""
+        """Return the average; if it is a specialist, within the network that it began from.
+
+        If it is a whole network, the specialists of the one that it began from are part of it.
+        """
         average = copy.deepcopy(self.average)
         if not self.settings.specialist:
+            if self.start is not None:
+                begun = copy.deepcopy(self.start).to(self.device)
+                for name, specialist in begun.named_specialists():
+                    shared = checkpoint.shared_modules(begun, specialist)
+                    average.specialise(name, specialist, shared)
             return average
         average.config = replace(average.config, degradations=self.settings.kinds)
         network = copy.deepcopy(self.beginning()).to(self.device)
@@ -618,7 +630,7 @@ class Trainer:
         if self.best is None or mean > self.best["psnr"]:
             self.best = {"patches": self.seen, "psnr": mean}
             path = self.state_file.with_suffix(".best.safetensors")
-            checkpoint.save(self.result(), path, dtype=torch.float16)
+            checkpoint.save(self.result(), path, compress=True)
 
     def draw(self, step: int) -> list[Part]:
         """Return all parts of a step."""
@@ -774,7 +786,7 @@ def train(
     every: int = 10_000,
     **chosen: float | str,
 ) -> dict[str, object]:
-    """Train a network and write its averaged weights in half precision.
+    """Train a network and write its averaged weights, compressed (see `checkpoint.compressed`).
 
     Beside `output`, which has the last average, appear ``.best.safetensors`` (the one with the
     highest mean PSNR in validation), ``.state`` (everything that `resume` needs), ``.json`` (the
@@ -821,9 +833,6 @@ def train(
         if not 1 <= settings.levels <= len(LEVELS):
             message = f"A specialist has 1 to {len(LEVELS)} levels; found {settings.levels}."
             raise ValueError(message)
-        if start is None:
-            message = "A specialist needs a network to be part of. Name one with --from."
-            raise ValueError(message)
         config = replace(config, details=DFPIRConfig.specialist().details)
     pictures = Pictures.load(data)
     trainer = Trainer(
@@ -835,7 +844,7 @@ def train(
         trainer.resume()
     output.parent.mkdir(parents=True, exist_ok=True)
     trainer.run(every=every)
-    checkpoint.save(trainer.result(), output, dtype=torch.float16)
+    checkpoint.save(trainer.result(), output, compress=True)
     record: dict[str, object] = {
         "patches": trainer.seen,
         "seconds": round(trainer.seconds),
