@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from conftest import SMALL, assert_equal, random_model
@@ -108,8 +109,6 @@ def saved(tmp_path):
 
 def rewrite(path, *, drop=None, metadata=None, **changed):
     """Write the file anew with other tensors or another header."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         header = dict(file.metadata())
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -161,9 +160,29 @@ def test_a_compressed_file_is_small_and_comes_back_nearly_the_same(saved, small,
         torch.testing.assert_close(value, stored[key])  # compressed twice is compressed once
 
 
-def test_weights_of_zero_can_be_compressed():
-    stored = checkpoint.compressed({"a": torch.zeros(256, 256, 1, 1)})
-    assert torch.equal(checkpoint.expanded(stored)["a"], torch.zeros(256, 256, 1, 1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(256, 256, 1, 1), (2**16,), (2, 2**15)])
+def test_any_weights_can_be_compressed(dtype, shape):
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    value[0] = 0
+    found = checkpoint.expanded(checkpoint.compressed({"a": value}))["a"]
+    assert float((found - value).abs().max()) <= float(value.abs().max()) / 250
+
+
+def test_weights_that_are_not_finite_are_not_compressed():
+    with pytest.raises(ValueError, match="a is not finite"):
+        checkpoint.compressed({"a": torch.tensor([torch.nan])})
+
+
+@pytest.mark.parametrize("expansion", ["Infinity", "1e400", "1" + 400 * "0"])
+def test_endless_expansion_is_refused(saved, expansion):
+    _, path = saved
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    text = json.dumps(config).replace(str(config["expansion"]), expansion)
+    rewrite(path, metadata={"config": text})
+    with pytest.raises(CheckpointError, match=str(path)):
+        checkpoint.load(path)
 
 
 @pytest.mark.parametrize(
@@ -174,8 +193,22 @@ def test_weights_of_zero_can_be_compressed():
         {f"latent.0.attention.qkv.weight{checkpoint.SCALE}": torch.ones(192)},
         {f"latent.0.attention.qkv.weight{checkpoint.SCALE}": torch.full((192, 1, 1, 1), torch.inf)},
         {f"embed.weight{checkpoint.SCALE}": torch.ones(8, 1, 1, 1)},
+        {f"latent.0.attention.qkv.weight{checkpoint.SCALE}": torch.ones(192, 1, 1, 1).double()},
+        {f"latent.0.attention.qkv.weight{checkpoint.SCALE}": torch.ones(192, 1, 1, 1).short()},
+        {f"orphan{checkpoint.SCALE}": torch.ones(8, 1, 1, 1, dtype=torch.int8)},
+        {"embed.weight": torch.zeros((8, *[1] * 70), dtype=torch.int8)},
     ],
-    ids=["no scale", "scale alone", "shape", "infinite", "left over"],
+    ids=[
+        "no scale",
+        "scale alone",
+        "shape",
+        "infinite",
+        "left over",
+        "double",
+        "integer",
+        "orphan",
+        "axes",
+    ],
 )
 def test_scales_that_do_not_fit_are_refused(small, damage):
     rewrite(small, **damage)

@@ -136,10 +136,21 @@ def test_usage_errors_take_one_line(arguments, capsys):
         ["train", "--data", "absent", "-o", "a.safetensors"],
         ["train", "--data", ".", "-o", "a.pt"],
         ["train", "--data", ".", "-o", "a.safetensors", "--part", "0"],
-        ["train", "--data", ".", "-o", "a.safetensors", "--classifier", "--batch", "4"],
-        ["train", "--data", ".", "-o", "a.safetensors", "--classifier", "--learning-rate", "1"],
-        ["train", "--data", ".", "-o", "a.safetensors", "--classifier", "--preset", "compact"],
+        *(
+            ["train", "--data", ".", "-o", "a.safetensors", "--classifier", option, value]
+            for option, value in {
+                "--preset": "compact",
+                "--batch": "4",
+                "--part": "4",
+                "--patch": "64",
+                "--learning-rate": "1",
+                "--device": "cpu",
+                "--specialist": "noise",
+                "--levels": "1",
+            }.items()
+        ),
         ["train", "--data", ".", "-o", "a.safetensors", "--learning-rate", "0"],
+        ["train", "--data", ".", "-o", "a.safetensors", "--learning-rate", "inf"],
     ],
 )
 def test_training_checks_its_arguments(arguments, capsys):

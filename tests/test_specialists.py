@@ -225,6 +225,18 @@ def noise_trainer(pictures, folder, **changed):
     return training.Trainer(DETAILED, settings, pictures, torch.device("cpu"), state)
 
 
+def test_specialists_are_compressed_with_their_network(specialised, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MANY_VALUES", 500)
+    path = tmp_path / "small.safetensors"
+    checkpoint.save(specialised, path, compress=True)
+    loaded = checkpoint.load(path)
+    expert = loaded.specialists["noise"]
+    assert checkpoint.shared_modules(loaded, expert) == LOWER
+    for key, value in specialised.specialists["noise"].named_parameters():
+        found = expert.get_parameter(key)
+        assert ((found - value).abs() <= value.abs().max() / 250).all(), key
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_a_specialist_is_trained_further(pictures, tmp_path, specialised, levels):
     run = noise_trainer(pictures, tmp_path, levels=levels, batch=20)
@@ -248,7 +260,7 @@ def test_details_add_nothing_at_first_and_learn(pictures, tmp_path):
         expected = begun(pixels(), Degradation.NOISE_15)
         assert_equal(run.average(pixels(), Degradation.NOISE_15), expected)
     run.train_step()
-    assert all(float(each.second.weight.abs().max()) > 0 for each in run.model.details)
+    assert all(bool((each.second.weight != 0).any()) for each in run.model.details)
 
 
 def test_training_the_network_takes_specialists_along(pictures, tmp_path, specialised, caplog):
@@ -264,6 +276,43 @@ def test_training_the_network_takes_specialists_along(pictures, tmp_path, specia
         states = (each.get_submodule(path).state_dict() for each in (before, after))
         assert all(map(torch.equal, *(state.values() for state in states)))
     assert not torch.equal(result.latent[0].norm1.bias, specialised.latent[0].norm1.bias)
+
+
+def test_what_has_a_specialist_is_learnt_little_and_not_scored(pictures, tmp_path, specialised):
+    alone, whole = trainer(pictures, tmp_path), trainer(pictures, tmp_path)
+    assert alone.settings.shares == pytest.approx(training.SHARES)
+    assert alone.settings.kinds == tuple(Degradation)
+    whole.start_from(specialised)
+    shares = whole.settings.shares
+    assert sum(shares.values()) == pytest.approx(1)
+    ratios = {kind: shares[kind] / training.SHARES[kind] for kind in shares}
+    rarely = ratios.pop(None)
+    assert all(ratio == pytest.approx(rarely / training.SPECIALISED) for ratio in ratios.values())
+    whole.run(every=4)
+    assert set(whole.log[-1]["psnr"]) == {each.value for each in Degradation} - {
+        each.value for each in NOISES
+    }
+
+
+def test_a_network_resumes_with_the_specialists_that_it_began_with(pictures, tmp_path, specialised):
+    run = trainer(pictures, tmp_path)
+    run.start_from(specialised)
+    run.train_step()
+    run.save()
+    with pytest.raises(ValueError, match="same preset, specialist, levels and --from"):
+        trainer(pictures, tmp_path).resume()
+    other = copy.deepcopy(specialised)
+    with torch.no_grad():
+        other.specialists["noise"].embed.weight += 1
+    for start, words in ((other, "give the same --from"), (specialised, None)):
+        again = trainer(pictures, tmp_path)
+        again.start_from(start)
+        if words is None:
+            again.resume()
+            assert list(again.result().specialists) == ["noise"]
+        else:
+            with pytest.raises(ValueError, match=words):
+                again.resume()
 
 
 def test_a_specialist_resumes_as_what_it_is(pictures, tmp_path, specialised):
@@ -285,7 +334,7 @@ def test_a_specialist_resumes_as_what_it_is(pictures, tmp_path, specialised):
         each.train_step()
     assert torch.equal(resumed.average.embed.weight, run.average.embed.weight)
     for changed in ({"specialist": "rain"}, {"levels": 1}, {"specialist": ""}):
-        with pytest.raises(ValueError, match="same preset, specialist and levels"):
+        with pytest.raises(ValueError, match="same preset, specialist, levels and --from"):
             resume(**changed)
     other = random_model(SMALL_COMPACT, seed=3)
     with pytest.raises(ValueError, match="give the same --from"):
@@ -295,10 +344,10 @@ def test_a_specialist_resumes_as_what_it_is(pictures, tmp_path, specialised):
         noise_trainer(pictures, tmp_path, specialist="rain").start_from(rainless)
 
 
-def test_a_specialist_needs_a_network_and_a_specialty(pictures, tmp_path):
+def test_a_specialist_needs_a_network_and_a_specialty(tmp_path):
     output = tmp_path / "out.safetensors"
     with pytest.raises(ValueError, match="Name one with --from"):
-        noise_trainer(pictures, tmp_path).run()
+        training.train(tmp_path, output, specialist="noise")
     with pytest.raises(ValueError, match="choose one of: noise, rain, haze, blur, low-light"):
         training.train(tmp_path, output, start="x", specialist="fog")
     with pytest.raises(ValueError, match="1 to 4 levels; found 5"):

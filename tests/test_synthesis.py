@@ -76,6 +76,14 @@ def test_low_light_is_dark(sharp):
     assert (dark.mean(dim=(1, 2, 3)) < 0.6 * sharp.mean(dim=(1, 2, 3))).all()
 
 
+def test_most_darkness_is_of_four_to_six_stops_and_a_half():
+    grey = torch.full((300, 3, 8, 8), 0.5)
+    dark = synthesis.low_light(grey, seeded(2)).mean(dim=(1, 2, 3))
+    least, most = (synthesis.low_light(grey, seeded(2), 2**-stops) for stops in (6.5, 4))
+    between = (dark >= least.mean(dim=(1, 2, 3))) & (dark <= most.mean(dim=(1, 2, 3)))
+    assert 0.6 < float(between.float().mean()) < 0.95
+
+
 def test_black_stays_black_in_the_dark():
     """Rounding must not take a value below the foot of the curve."""
     dark = synthesis.low_light(torch.zeros(64, 3, 16, 16), seeded())
@@ -100,8 +108,9 @@ def test_depth_is_that_of_a_scene(sharp):
     assert float(depth.amin()) > 0
     torch.testing.assert_close(depth.amax(dim=(2, 3)), torch.ones(300, 1))
     nearest = depth.amin(dim=(2, 3))
-    # Some are almost flat; most reach from a few steps away to a good way off.
-    assert float(nearest.max()) > 0.5 and float(nearest.median()) < 0.3
+    # Some are almost flat; most reach from near by, which is seldom here, to a good way off.
+    assert float(nearest.max()) > 0.5 and float(nearest.median()) < 0.4
+    assert float((nearest < 0.05).float().mean()) < 0.15
     # What lies lower is nearer, more often than not.
     lower, upper = depth[:, :, -32:].mean(dim=(1, 2, 3)), depth[:, :, :32].mean(dim=(1, 2, 3))
     assert 0.5 < float((lower < upper).float().mean()) < 0.95

@@ -318,12 +318,22 @@ def compressed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Those are integers of -127..127 times a scale for each output channel, a tensor of its own. On
     the bundled weights that changes no validation score by more than 0.002 dB, and saves a third
     of the file in half precision.
+
+    Raises
+    ------
+    ValueError
+        If a weight is not finite.
     """
     stored = {}
     for key, value in tensors.items():
         if not value.is_floating_point():
             stored[key] = value
-        elif value.numel() < MANY_VALUES:
+            continue
+        value = value.float()  # a scale of fewer bits would not do
+        if not bool(value.isfinite().all()):
+            message = f"{key} is not finite: there is nothing to compress. Train with a lower rate."
+            raise ValueError(message)
+        if value.numel() < MANY_VALUES or value.ndim < 2:
             stored[key] = value.half()
         else:
             largest = value.abs().amax(dim=tuple(range(1, value.ndim)), keepdim=True)
@@ -344,16 +354,22 @@ def expanded(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {}
     for key, value in stored.items():
         if key.endswith(SCALE):
-            if stored.get(key.removesuffix(SCALE), value).dtype != torch.int8:
+            whole = stored.get(key.removesuffix(SCALE))
+            if whole is None or whole.dtype != torch.int8:
                 message = f"{key} belongs to no tensor in eight bits. Use another weights file."
                 raise CheckpointError(message)
         elif value.dtype == torch.int8:
             scale = stored.get(key + SCALE)
             expected = (*value.shape[:1], *(1 for _ in value.shape[1:]))
-            if scale is None or scale.shape != expected or not bool(scale.isfinite().all()):
+            if (
+                scale is None
+                or scale.dtype != torch.float32
+                or scale.shape != expected
+                or not bool(scale.isfinite().all())
+            ):
                 message = (
-                    f"{key} is in eight bits without finite scales of shape {expected}. Use "
-                    "another weights file."
+                    f"{key} is in eight bits without finite float32 scales of shape {expected}. "
+                    "Use another weights file."
                 )
                 raise CheckpointError(message)
             tensors[key] = value * scale
@@ -446,7 +462,8 @@ def load(path: Path) -> DFPIR:
     except CheckpointError as error:
         message = f"{path}: {error}"
         raise CheckpointError(message) from None
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        # What a damaged header claims may be too deep, too large or nothing at all.
         message = f"{path}: its configuration cannot be read ({error!r}). Use another weights file."
         raise CheckpointError(message) from None
 

@@ -518,8 +518,8 @@ def load_classifier(path: Path) -> DegradationClassifier:
             json.loads(header.get("config", "null")),
         )
         return build(config, tensors)
-    except (CheckpointError, json.JSONDecodeError, RecursionError) as error:
-        message = f"{path}: {error} {advice}"
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        message = f"{path}: {str(error).removesuffix('.')}. {advice}"
         raise CheckpointError(message) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -212,7 +213,7 @@ def add_train(commands: Commands) -> None:
     parser.add_argument("--patch", type=int, metavar="N", help="side of a patch in pixels")
     parser.add_argument("--learning-rate", type=float, metavar="X")
     parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--device", default="auto", metavar="DEVICE")
+    parser.add_argument("--device", metavar="DEVICE")
     parser.add_argument("--resume", action="store_true", help="go on from OUT's .state file")
     parser.add_argument(
         "--from",
@@ -572,6 +573,19 @@ def run_weights_import(options: argparse.Namespace) -> int:
     return 0
 
 
+NETWORK_OPTIONS = (
+    "preset",
+    "batch",
+    "part",
+    "patch",
+    "learning_rate",
+    "device",
+    "specialist",
+    "levels",
+)
+"""Options of `dfpir train` that mean nothing to a classifier."""
+
+
 def run_train(options: argparse.Namespace) -> int:
     """Carry out `dfpir train`."""
     if not options.data.is_dir():
@@ -585,11 +599,11 @@ def run_train(options: argparse.Namespace) -> int:
         if value is not None and value < 1:
             message = f"--{name} is {value}; expected 1 or more"
             raise UsageError(message)
-    if options.learning_rate is not None and not options.learning_rate > 0:
-        message = f"--learning-rate is {options.learning_rate}; expected a number above 0"
+    rate = options.learning_rate
+    if rate is not None and not 0 < rate < math.inf:
+        message = f"--learning-rate is {rate}; expected a number above 0"
         raise UsageError(message)
-    networks = ("preset", "batch", "part", "patch", "learning_rate", "specialist", "levels")
-    for name in networks if options.classifier else ():
+    for name in NETWORK_OPTIONS if options.classifier else ():
         if getattr(options, name) is not None:
             option = name.replace("_", "-")
             message = f"--{option} is for the network, not for the classifier; leave it out"
@@ -612,11 +626,10 @@ def run_train(options: argparse.Namespace) -> int:
     else:
         from dfpir.training import train
 
-        chosen = {name: getattr(options, name) for name in (*networks, "patches", "seed")}
+        chosen = {name: getattr(options, name) for name in (*NETWORK_OPTIONS, "patches", "seed")}
         facts = train(
             options.data,
             options.output,
-            device=options.device,
             resume=options.resume,
             start=options.start,
             **{name: value for name, value in chosen.items() if value is not None},

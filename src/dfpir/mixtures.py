@@ -38,8 +38,8 @@ Mixture = tuple[tuple[Degradation, float], ...]
 
 MIXTURES: dict[str, Mixture] = {
     "low light, noise": ((Degradation.LOW_LIGHT, 0.05), (Degradation.NOISE_15, 15.0)),
-    "haze, noise": ((Degradation.HAZE, 2.4), (Degradation.NOISE_25, 25.0)),
-    "haze, rain": ((Degradation.HAZE, 2.4), (Degradation.RAIN, 2e-3)),
+    "haze, noise": ((Degradation.HAZE, 1.6), (Degradation.NOISE_25, 25.0)),
+    "haze, rain": ((Degradation.HAZE, 1.6), (Degradation.RAIN, 2e-3)),
     "blur, noise": ((Degradation.BLUR, 12.0), (Degradation.NOISE_25, 25.0)),
 }
 """What is done to a picture, in this order, and how severely; see `dfpir.synthesis.degrade`."""

@@ -49,17 +49,18 @@ MICROGRAPHS = "micrographs"
 """Pictures in a folder of this name are fluorescence or stained tissue, not photographs."""
 
 SHARES: dict[Degradation | None, float] = {
-    None: 0.08,  # noise of any strength
-    Degradation.RAIN: 0.06,
-    Degradation.HAZE: 0.30,
-    Degradation.BLUR: 0.24,
-    Degradation.LOW_LIGHT: 0.32,
+    None: 0.36,  # noise of any strength
+    Degradation.RAIN: 0.14,
+    Degradation.HAZE: 0.16,
+    Degradation.BLUR: 0.13,
+    Degradation.LOW_LIGHT: 0.21,
 }
-"""Fraction of the pixels that each degradation gets.
+"""Fraction of the pixels that each degradation gets."""
 
-Noise and rain have specialists; of them the network need know no more than its deeper levels, which
-the specialists share, must not forget.
-"""
+SPECIALISED = 0.2
+"""What has a specialist gets so much of its share: the deeper levels must not forget it."""
+
+NO_START = "A specialist needs a network to be part of. Name one with --from."
 
 SPECIALTIES = {NOISE if kind is None else kind.value: kind for kind in SHARES}
 """What a specialist may be trained for, by name: noise of any strength, or one degradation."""
@@ -101,6 +102,9 @@ class TrainingSettings:
         a specialist for it (see `DFPIR.specialise`). Empty for the network itself.
     levels : int
         How many of the first levels are a specialist's own.
+    specialised : tuple of str
+        Degradations of the specialists that the network began with, which come along; they are
+        `SPECIALISED`, and not validated.
     """
 
     patches: int = 112_000
@@ -114,19 +118,25 @@ class TrainingSettings:
     seed: int = 1
     specialist: str = ""
     levels: int = 2
+    specialised: tuple[str, ...] = ()
 
     @property
     def shares(self) -> dict[Degradation | None, float]:
         """Fraction of the pixels that each degradation gets."""
-        if not self.specialist:
-            return SHARES
-        return {kind: float(kind is SPECIALTIES[self.specialist]) for kind in SHARES}
+        if self.specialist:
+            return {kind: float(kind is SPECIALTIES[self.specialist]) for kind in SHARES}
+        learnt = {None if kind.sigma is not None else kind for kind in self.kinds}
+        shares = {
+            kind: share * (1 if kind in learnt else SPECIALISED) for kind, share in SHARES.items()
+        }
+        total = sum(shares.values())
+        return {kind: share / total for kind, share in shares.items()}
 
     @property
     def kinds(self) -> tuple[Degradation, ...]:
-        """The degradations that are learnt."""
+        """The degradations that are learnt to be restored."""
         if not self.specialist:
-            return tuple(Degradation)
+            return tuple(each for each in Degradation if each.value not in self.specialised)
         kind = SPECIALTIES[self.specialist]
         return (kind,) if kind else tuple(each for each in Degradation if each.sigma is not None)
 
@@ -421,8 +431,12 @@ def identity(described: Mapping[str, Any]) -> dict[str, object]:
     States written before there were specialists say nothing of them.
     """
     settings = described["settings"]
-    specialist = {"specialist": settings.get("specialist", ""), "levels": settings.get("levels", 2)}
-    return {"details": 0, **described["config"], **specialist}
+    known = {
+        "specialist": settings.get("specialist", ""),
+        "levels": settings.get("levels", 2),
+        "specialised": list(settings.get("specialised", ())),
+    }
+    return {"details": 0, **described["config"], **known}
 
 
 class Trainer:
@@ -510,6 +524,7 @@ class Trainer:
             "seconds": self.seconds,
             "log": self.log,
             "best": self.best,
+            "along": self.along(),
             **self.described(),
         }
         torch.save(state, partial)
@@ -531,8 +546,11 @@ class Trainer:
         if before != now:
             message = (
                 f"{self.state_file}: was trained as {before}, asked for {now}. Resume with the "
-                "same preset, specialist and levels."
+                "same preset, specialist, levels and --from."
             )
+            raise ValueError(message)
+        if state.get("along", self.along()) != self.along():
+            message = f"{self.state_file}: began with other specialists; give the same --from."
             raise ValueError(message)
         if self.settings.specialist:
             theirs = self.shared_state(self.beginning().state_dict())
@@ -584,6 +602,19 @@ class Trainer:
         self.model.load_state_dict(state)
         self.average.load_state_dict(state)
         self.start = model
+        if not self.settings.specialist:
+            experts = [specialist for _, specialist in model.named_specialists()]
+            names = {kind.value for each in experts for kind in each.config.degradations}
+            self.settings = replace(self.settings, specialised=tuple(sorted(names)))
+
+    def along(self) -> str:
+        """Return a digest of the specialists that come along, empty if there are none."""
+        found = hashlib.sha256()
+        if self.start is None or self.settings.specialist or not self.start.specialists:
+            return ""
+        for key, value in self.start.specialists.state_dict().items():
+            found.update(key.encode() + value.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def shared_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return those tensors of a state that belong to modules a specialist shares."""
@@ -599,8 +630,7 @@ class Trainer:
             If there is none.
         """
         if self.start is None:
-            message = "A specialist needs a network to be part of. Name one with --from."
-            raise ValueError(message)
+            raise ValueError(NO_START)
         return self.start
 
     def result(self) -> DFPIR:
@@ -624,7 +654,7 @@ class Trainer:
     def keep_best(self, scores: dict[str, float]) -> None:
         """Write the average to its file if the mean of its scores is the highest so far.
 
-        A long run may learn its pictures by heart: the last average need not be the best one.
+        The last average need not be the best one.
         """
         mean = round(sum(scores.values()) / len(scores), 3)
         if self.best is None or mean > self.best["psnr"]:
@@ -833,6 +863,8 @@ def train(
         if not 1 <= settings.levels <= len(LEVELS):
             message = f"A specialist has 1 to {len(LEVELS)} levels; found {settings.levels}."
             raise ValueError(message)
+        if start is None:
+            raise ValueError(NO_START)
         config = replace(config, details=DFPIRConfig.specialist().details)
     pictures = Pictures.load(data)
     trainer = Trainer(

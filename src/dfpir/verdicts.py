@@ -48,7 +48,7 @@ BINS = 15
 SEVERITIES: dict[Degradation, tuple[float, ...]] = {
     Degradation.NOISE_25: (8.0, 35.0, 65.0),  # sigma in grey levels
     Degradation.RAIN: (6e-4, 2e-3, 6e-3),  # streaks of a layer per pixel
-    Degradation.HAZE: (1.2, 2.4, 4.8),  # beta, depth being 1 at the farthest point
+    Degradation.HAZE: (0.8, 1.6, 3.0),  # beta, depth being 1 at the farthest point
     Degradation.BLUR: (6.0, 12.0, 24.0),  # pixels across the path of the hand
     Degradation.LOW_LIGHT: (0.15, 0.05, 0.015),  # fraction of the light
 }
