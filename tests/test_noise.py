@@ -56,7 +56,7 @@ def noisy(sigma, name="coffee"):
 @pytest.mark.parametrize("name", ["coffee", "chelsea", "rocket"])
 @pytest.mark.parametrize("degradation", ["auto", "noise-50"])
 def test_strong_noise_is_removed_better_and_the_record_says_how(restorer, degradation, name):
-    clean, given = noisy(90, name)
+    clean, given = noisy(120, name)
     pixels = torch.from_numpy(given).permute(2, 0, 1)[None] / 255
     plain = restorer.run(pixels, Degradation.NOISE_50)[0].permute(1, 2, 0).numpy()
     done = restorer.restore(given, degradation)
@@ -66,7 +66,7 @@ def test_strong_noise_is_removed_better_and_the_record_says_how(restorer, degrad
 
 
 def test_noise_that_was_learnt_is_restored_as_ever(restorer):
-    _, given = noisy(60)
+    _, given = noisy(80)
     pixels = torch.from_numpy(given).permute(2, 0, 1)[None] / 255
     done = restorer.restore_pixels(pixels, "noise-50")
     assert torch.equal(done.image, restorer.run(pixels, Degradation.NOISE_50))
@@ -74,7 +74,7 @@ def test_noise_that_was_learnt_is_restored_as_ever(restorer):
 
 
 def test_eight_turns_work_at_the_same_contrast(restorer):
-    _, given = noisy(90)
+    _, given = noisy(120)
     one, eight = (restorer.restore(given[:64, :64], "noise-50", ensemble=each) for each in (0, 1))
     assert 0 < distance(*(torch.from_numpy(each.image / 255) for each in (eight, one))) < 0.1
     assert np.isfinite(eight.consistency).all()

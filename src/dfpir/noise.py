@@ -9,8 +9,11 @@ from torch import Tensor
 
 from dfpir.pixels import clamped
 
-LEARNT = 64.0
-"""What noise of 75 grey levels, the strongest in training, is estimated at once it is clipped."""
+LEARNT = 80.0
+"""What noise of some 97 grey levels is estimated at once it is clipped.
+
+In training it had 80 at the most; what is a little stronger, the network removes as well.
+"""
 
 LOWEST_CONTRAST = 0.5
 """Lower, and rounding errors and the network's own would weigh too much when it is raised again."""
