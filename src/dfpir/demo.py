@@ -63,9 +63,9 @@ SUBJECTS = (
     Subject("immunohistochemistry", (0, 0, 512), Degradation.NOISE_25, 1),
     Subject("chelsea", (80, 6, 288), Degradation.NOISE_50, 2),
     Subject("rocket", (200, 0, 427), Degradation.RAIN, 41),
-    Subject("camera", (60, 0, 452), Degradation.HAZE, 32),
+    Subject("camera", (60, 0, 452), Degradation.HAZE, 36),
     Subject("astronaut", (60, 0, 288), Degradation.BLUR, 54),
-    Subject("coffee", (110, 20, 370), Degradation.LOW_LIGHT, 66),
+    Subject("coffee", (110, 20, 370), Degradation.LOW_LIGHT, 70),
 )
 """One picture for each degradation, in the order of the columns."""
 

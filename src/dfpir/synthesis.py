@@ -167,14 +167,14 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
 def haze(pixels: Tensor, generator: Generator, beta: float | None = None) -> Tensor:
     """Scatter light on the way to the camera: J t + A (1 - t) with t = exp(-beta * depth).
 
-    Depth is 1 at the farthest point; `beta` is drawn from 0.5 to 3 if not given.
+    Depth is 1 at the farthest point; `beta` is drawn from 0.5 to 5 if not given.
 
     References
     ----------
     .. [1] Narasimhan and Nayar, "Vision and the Atmosphere", IJCV 2002, section 3.
     """
     count = len(pixels)
-    thickness = given_or(beta, log_uniform(count, 0.5, 3.0, generator))
+    thickness = given_or(beta, log_uniform(count, 0.5, 5.0, generator))
     light = uniform(count, 0.65, 1.0, generator)
     tint = 1 + 0.06 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
     thickness, light = (value.to(pixels.device) for value in (thickness, light * tint))
