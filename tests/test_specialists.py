@@ -294,6 +294,13 @@ def test_what_has_a_specialist_is_learnt_little_and_not_scored(pictures, tmp_pat
     }
 
 
+def test_where_all_have_specialists_all_is_learnt():
+    every = tuple(sorted(each.value for each in Degradation))
+    settings = dataclasses.replace(SETTINGS, specialised=every)
+    assert settings.kinds == tuple(Degradation)
+    assert settings.shares == pytest.approx(training.SHARES)
+
+
 def test_a_network_resumes_with_the_specialists_that_it_began_with(pictures, tmp_path, specialised):
     run = trainer(pictures, tmp_path)
     run.start_from(specialised)

@@ -381,8 +381,8 @@ def varied(
 ) -> Tensor:
     """Vary sharp pictures, so that a few hundred of them stand for more.
 
-    Half of the photographs get their channels in
-    another order and half a gamma of 0.7 to 1.4; what fluoresces or is stained keeps its colours.
+    Half of the photographs get their channels in another order and half a gamma of 0.7 to 1.4; what
+    fluoresces or is stained keeps its colours.
 
     Parameters
     ----------

@@ -134,9 +134,10 @@ class TrainingSettings:
 
     @property
     def kinds(self) -> tuple[Degradation, ...]:
-        """The degradations that are learnt to be restored."""
+        """The degradations that are learnt to be restored: all, if all have specialists."""
         if not self.specialist:
-            return tuple(each for each in Degradation if each.value not in self.specialised)
+            others = tuple(each for each in Degradation if each.value not in self.specialised)
+            return others or tuple(Degradation)
         kind = SPECIALTIES[self.specialist]
         return (kind,) if kind else tuple(each for each in Degradation if each.sigma is not None)
 
