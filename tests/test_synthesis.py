@@ -62,6 +62,23 @@ def test_blur_keeps_light_and_removes_detail(sharp):
     assert float(blurred.mean()) == pytest.approx(float(sharp.mean()), abs=0.05)
 
 
+def test_what_does_not_move_stays_sharp():
+    """What is left is noise of at most two grey levels, and JPEG in half of the images."""
+    pixels = 0.3 + 0.4 * torch.rand(1, 3, 32, 32, generator=seeded()).expand(40, -1, -1, -1)
+    still = synthesis.motion_blur(pixels, seeded(2), 0.0)
+    changes = (still - pixels).square().mean(dim=(1, 2, 3)).sqrt() * synthesis.LEVELS
+    assert 0.3 < float((changes < 2.2).float().mean()) < 0.8
+    assert float(changes.max()) < 40
+
+
+def test_a_lens_softens_half(sharp):
+    pixels = sharp[:1, :, :32, :32].expand(300, -1, -1, -1)
+    soft = synthesis.softened(pixels, seeded())
+    changed = (soft - pixels).abs().amax(dim=(1, 2, 3)) > 1e-3
+    assert 0.4 < float(changed.float().mean()) < 0.6
+    assert difference(soft) < difference(pixels)
+
+
 def test_shake_kernels_sum_to_one_and_are_centred():
     extent = torch.full((6, 1, 1, 1), 15.0)
     kernels = synthesis.shake_kernels(6, extent, 31, seeded())
@@ -84,6 +101,17 @@ def test_most_darkness_is_of_four_to_six_stops_and_a_half():
     assert 0.6 < float(between.float().mean()) < 0.95
 
 
+def test_lamps_stand_out_of_the_dark():
+    """In about half of the images what is white is far brighter than what is grey is by then."""
+    scene = torch.full((300, 3, 8, 16), 0.5)
+    scene[..., 8:] = 1.0
+    dark = synthesis.low_light(scene, seeded(3), 2**-5)
+    grey, white = (side.mean(dim=(1, 2, 3)) for side in (dark[..., :8], dark[..., 8:]))
+    assert float(grey.median()) < 0.2
+    assert 0.1 < float((white > 0.6).float().mean()) < 0.5
+    assert float((white > grey).float().mean()) > 0.95
+
+
 def test_black_stays_black_in_the_dark():
     """Rounding must not take a value below the foot of the curve."""
     dark = synthesis.low_light(torch.zeros(64, 3, 16, 16), seeded())
@@ -100,6 +128,21 @@ def test_a_good_exposure_is_nearer_to_the_middle_and_keeps_order(sharp, brightne
     assert (after <= torch.maximum(0.75 * before, torch.tensor(0.03))).all()
     for dim, bright in zip(pixels, exposed, strict=True):
         assert (bright.flatten()[dim.flatten().argsort()].diff() >= -1e-6).all()
+
+
+@pytest.mark.parametrize("veil", [0.0, 0.05, 0.15])
+def test_full_contrast_has_no_veil_of_its_own(sharp, veil):
+    """However much light lies over all of a picture, what remains is the same."""
+    clear = synthesis.full_contrast(sharp)
+    darkest = clear.amin(dim=1).flatten(1)
+    assert (darkest.quantile(0.01, dim=1) < 1e-6).all()
+    veiled = clear * (1 - veil) + veil
+    torch.testing.assert_close(synthesis.full_contrast(veiled), clear, atol=1e-5, rtol=0)
+
+
+def test_a_bright_thing_is_no_veil():
+    snow = torch.full((1, 3, 8, 8), 0.9)
+    assert float(synthesis.full_contrast(snow).amin()) > 0.85
 
 
 def test_depth_is_that_of_a_scene(sharp):
@@ -202,8 +245,16 @@ def test_training_pairs_name_what_they_did(sharp):
     for number in (0, 8):
         nearest = Degradation.nearest_noise(float(sigmas[number]))
         assert int(indices[number]) == nearest.index
-    assert torch.equal(targets[1:7], pixels[1:7])
-    torch.testing.assert_close(targets[7:8], synthesis.well_exposed(pixels[7:8]))
+    for number, kind in enumerate(kinds[1:8], start=1):
+        expected = pixels[number : number + 1]
+        if kind in synthesis.GLOBAL:
+            expected = synthesis.full_contrast(expected)
+        if kind is Degradation.LOW_LIGHT:
+            expected = synthesis.well_exposed(expected)
+        if kind is Degradation.BLUR:
+            assert difference(targets[number : number + 1]) <= difference(expected)
+        else:
+            torch.testing.assert_close(targets[number : number + 1], expected)
     assert all(not torch.equal(a, b) for a, b in zip(inputs, targets, strict=True))
 
 

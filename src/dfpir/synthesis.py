@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from kornia.color import linear_rgb_to_rgb, rgb_to_linear_rgb
+from kornia.enhance import jpeg_codec_differentiable
 from kornia.filters import filter2d, gaussian_blur2d
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -24,6 +25,9 @@ from dfpir.pixels import is_grey
 
 LEVELS = 255.0
 """Grey levels of an 8-bit picture."""
+
+GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
+"""Degradations judged from the whole scene."""
 
 
 def rand(*shape: int, generator: Generator) -> Tensor:
@@ -201,8 +205,9 @@ def shake_kernels(count: int, extent: Tensor, size: int, generator: Generator) -
     reach = path.norm(dim=2).amax(dim=1)[:, None, None].clamp(min=1e-6)
     path = path / reach * (extent[:, 0] / 2)
     steps = torch.arange(size, device=device) - size // 2
-    near_rows = torch.exp(-0.5 * ((steps - path[..., :1]) / 0.5) ** 2)  # (N, moments, size)
-    near_columns = torch.exp(-0.5 * ((steps - path[..., 1:]) / 0.5) ** 2)
+    # Shared by the nearest pixels: what does not move stays as sharp as it was.
+    near_rows = (1 - (steps - path[..., :1]).abs()).clamp(min=0)  # (N, moments, size)
+    near_columns = (1 - (steps - path[..., 1:]).abs()).clamp(min=0)
     kernels = near_rows.transpose(1, 2) @ near_columns
     return kernels / kernels.sum(dim=(1, 2), keepdim=True)
 
@@ -211,14 +216,15 @@ def motion_blur(pixels: Tensor, generator: Generator, length: float | None = Non
     """Blur along the path of an unsteady hand, in linear light, with a little sensor noise.
 
     In half of the images a second path, softly bounded, stands for something that moves otherwise.
-    `length`, the diameter of a path in pixels, is drawn from 2 to 24 if not given.
+    Half of them are compressed as JPEG then. `length`, the diameter of a path in pixels, is drawn
+    from 0 to 24 if not given.
     """
     count, _, height, width = pixels.shape
     light = rgb_to_linear_rgb(pixels)
     border = "reflect" if min(height, width) > 15 else "replicate"
     moved = []
     for _ in range(2):
-        extent = given_or(length, uniform(count, 2, 24, generator))
+        extent = given_or(length, uniform(count, 0, 24, generator))
         kernels = shake_kernels(count, extent, 31, generator).to(pixels.device)
         moved.append(filter2d(light, kernels, border_type=border))
     several = rand(count, 1, 1, 1, generator=generator) < 0.5
@@ -226,7 +232,25 @@ def motion_blur(pixels: Tensor, generator: Generator, length: float | None = Non
     blurred = torch.lerp(moved[0], moved[1], region.to(pixels.device))
     sigma = uniform(count, -1.0, 2.0, generator).clamp(min=0)
     blurred = linear_rgb_to_rgb(blurred.clamp(0, 1))
-    return quantised(gaussian_noise(blurred, sigma, generator))
+    blurred = quantised(gaussian_noise(blurred, sigma, generator))
+    quality = uniform(count, 60, 98, generator).flatten()
+    lossy = rand(count, 1, 1, 1, generator=generator) < 0.5
+    quality, lossy = (value.to(pixels.device) for value in (quality, lossy))
+    return torch.where(lossy, quantised(jpeg_codec_differentiable(blurred, quality)), blurred)
+
+
+def softened(pixels: Tensor, generator: Generator) -> Tensor:
+    """Take half of the images through a lens that is not quite sharp: by up to 1.3 pixels.
+
+    Where every target is as sharp as can be, a network learns to sharpen whatever it sees. What a
+    lens has done, and no motion, is not for it to undo.
+    """
+    deviation = uniform(len(pixels), -0.65, 1.3, generator).clamp(min=0.05).reshape(-1, 1)
+    return gaussian_blur2d(pixels, (9, 9), deviation.expand(-1, 2).to(pixels.device))
+
+
+WHITE = 0.8
+"""What is brighter than this in all channels may be a source of light."""
 
 
 def low_light(pixels: Tensor, generator: Generator, exposure: float | None = None) -> Tensor:
@@ -236,6 +260,8 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     pixels, as the interpolation of colours and a camera's own denoising leave it. `exposure`, the
     fraction of the light, is drawn from 0.004 to 0.2 if not given; in two of three images it is
     four to six and a half stops too little, as in most pictures that somebody wants to brighten.
+    In half of the images what is white is a lamp, a window or the sky: up to 60 times as bright as
+    a white thing, it stands out of the dark.
     """
     count = len(pixels)
     # Cameras draw curves of their own through the shadows: a power, with a straight foot that is
@@ -253,13 +279,16 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     smeared = rand(count, 1, 1, 1, generator=generator) < 0.5
     shot = noisy * log_uniform(count, 1e-6, 4e-4, generator)
     read = noisy * log_uniform(count, 1e-4, 2e-3, generator)
-    gain, black, smeared, shot, read, power, foot, contrast = (
+    noise = normal_like(pixels, generator)
+    shining = rand(count, 1, 1, 1, generator=generator) < 0.5
+    excess = torch.where(shining, log_uniform(count, 1, 60, generator) - 1, 0.0)
+    gain, black, smeared, shot, read, power, foot, contrast, excess = (
         value.to(pixels.device)
-        for value in (light * balance, black, smeared, shot, read, power, foot, contrast)
+        for value in (light * balance, black, smeared, shot, read, power, foot, contrast, excess)
     )
-    photons = rgb_to_linear_rgb(pixels) * gain
-    deviation = (shot * photons + read**2).sqrt()
-    noise = deviation * normal_like(pixels, generator)
+    white = ((pixels.amin(dim=1, keepdim=True) - WHITE) / (1 - WHITE)).clamp(min=0)
+    photons = rgb_to_linear_rgb(pixels) * gain * (1 + excess * white**2)
+    noise = (shot * photons + read**2).sqrt() * noise
     # The blur takes a factor of about 2.8 from white noise.
     noise = torch.where(smeared, 2 * gaussian_blur2d(noise, (5, 5), (0.8, 0.8)), noise)
     sensed = (photons + black + noise).clamp(0, 1)
@@ -280,6 +309,21 @@ def well_exposed(pixels: Tensor) -> Tensor:
     mean = pixels.mean(dim=(1, 2, 3), keepdim=True).clamp(0.02, 0.98)
     exponent = (math.log(WELL_EXPOSED) / mean.log()) ** 0.5
     return pixels.clamp(min=1e-4) ** exponent.clamp(0.5, 2)
+
+
+MOST_VEIL = 0.2
+"""How much light is taken for a veil at the most: more of it is a bright thing, as the sky is."""
+
+
+def full_contrast(pixels: Tensor) -> Tensor:
+    """Take away the veil that a sharp picture has of its own, until a hundredth of it is black.
+
+    From a picture alone nobody can tell the haze that was added from what was there before: a
+    network that learns to leave the latter leaves some of every haze.
+    """
+    darkest = pixels.amin(dim=1).flatten(1).quantile(0.01, dim=1).clamp(max=MOST_VEIL)
+    veil = darkest.reshape(-1, 1, 1, 1)
+    return ((pixels - veil) / (1 - veil)).clamp(min=0)
 
 
 PHYSICAL: dict[Degradation, Callable[[Tensor, Generator, float | None], Tensor]] = {
@@ -449,8 +493,12 @@ def training_pairs(
             sigmas[chosen.to(device)] = strengths
             indices[chosen.to(device)] = nearest_noise(strengths)
         else:
+            if kind in GLOBAL:
+                targets[chosen] = full_contrast(pixels[chosen])
+            if kind is Degradation.BLUR:
+                targets[chosen] = softened(pixels[chosen], generator)
             if kind is Degradation.LOW_LIGHT:
-                targets[chosen] = well_exposed(pixels[chosen])
+                targets[chosen] = well_exposed(targets[chosen])
             inputs[chosen] = degrade(targets[chosen], kind, generator)
             indices[chosen.to(device)] = kind.index
             sigmas[chosen.to(device)] = kind.sigma or 0.0

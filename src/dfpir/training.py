@@ -38,7 +38,7 @@ from dfpir.model import DFPIR, LEVELS, PERTURBED, DFPIRConfig
 from dfpir.muon import Muon, is_matrix
 from dfpir.recorded_steps import RecordedSteps
 from dfpir.restorer import choose_device
-from dfpir.synthesis import training_pairs, varied
+from dfpir.synthesis import GLOBAL, training_pairs, varied
 from dfpir.weights import load_model
 
 logger = logging.getLogger(__name__)
@@ -60,13 +60,8 @@ SHARES: dict[Degradation | None, float] = {
 SPECIALISED = 0.2
 """What has a specialist gets so much of its share: the deeper levels must not forget it."""
 
-NO_START = "A specialist needs a network to be part of. Name one with --from."
-
 SPECIALTIES = {NOISE if kind is None else kind.value: kind for kind in SHARES}
 """What a specialist may be trained for, by name: noise of any strength, or one degradation."""
-
-GLOBAL = (Degradation.HAZE, Degradation.LOW_LIGHT)
-"""Degradations judged from the whole scene: their patches are also cut from smaller copies."""
 
 WIDE = (*GLOBAL, Degradation.BLUR)
 """Degradations whose patches have twice the side, a quarter as many for the same work.
@@ -440,6 +435,14 @@ def identity(described: Mapping[str, Any]) -> dict[str, object]:
     return {"details": 0, **described["config"], **known}
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of names and values, empty if there are none."""
+    found = hashlib.sha256()
+    for key, value in tensors.items():
+        found.update(key.encode() + value.cpu().numpy().tobytes())
+    return found.hexdigest() if tensors else ""
+
+
 class Trainer:
     """State of one run: the network, its average, the optimisers, and the log.
 
@@ -502,6 +505,7 @@ class Trainer:
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, float] | None = None
         self.start: DFPIR | None = None
+        self.along = ""  # digest of the specialists that come along
 
     def described(self) -> dict[str, dict[str, object]]:
         """Return settings and configuration as plain values."""
@@ -525,7 +529,7 @@ class Trainer:
             "seconds": self.seconds,
             "log": self.log,
             "best": self.best,
-            "along": self.along(),
+            "along": self.along,
             **self.described(),
         }
         torch.save(state, partial)
@@ -550,7 +554,7 @@ class Trainer:
                 "same preset, specialist, levels and --from."
             )
             raise ValueError(message)
-        if state.get("along", self.along()) != self.along():
+        if state.get("along", self.along) != self.along:
             message = f"{self.state_file}: began with other specialists; give the same --from."
             raise ValueError(message)
         if self.settings.specialist:
@@ -607,15 +611,7 @@ class Trainer:
             experts = [specialist for _, specialist in model.named_specialists()]
             names = {kind.value for each in experts for kind in each.config.degradations}
             self.settings = replace(self.settings, specialised=tuple(sorted(names)))
-
-    def along(self) -> str:
-        """Return a digest of the specialists that come along, empty if there are none."""
-        found = hashlib.sha256()
-        if self.start is None or self.settings.specialist or not self.start.specialists:
-            return ""
-        for key, value in self.start.specialists.state_dict().items():
-            found.update(key.encode() + value.cpu().numpy().tobytes())
-        return found.hexdigest()
+            self.along = digest(model.specialists.state_dict())
 
     def shared_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return those tensors of a state that belong to modules a specialist shares."""
@@ -631,7 +627,8 @@ class Trainer:
             If there is none.
         """
         if self.start is None:
-            raise ValueError(NO_START)
+            message = "A specialist needs a network to be part of. Name one with --from."
+            raise ValueError(message)
         return self.start
 
     def result(self) -> DFPIR:
@@ -864,8 +861,6 @@ def train(
         if not 1 <= settings.levels <= len(LEVELS):
             message = f"A specialist has 1 to {len(LEVELS)} levels; found {settings.levels}."
             raise ValueError(message)
-        if start is None:
-            raise ValueError(NO_START)
         config = replace(config, details=DFPIRConfig.specialist().details)
     pictures = Pictures.load(data)
     trainer = Trainer(
