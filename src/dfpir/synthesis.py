@@ -208,7 +208,7 @@ def shake_kernels(count: int, extent: Tensor, size: int, generator: Generator) -
     # Shared by the nearest pixels: what does not move stays as sharp as it was.
     near_rows = (1 - (steps - path[..., :1]).abs()).clamp(min=0)  # (N, moments, size)
     near_columns = (1 - (steps - path[..., 1:]).abs()).clamp(min=0)
-    kernels = near_rows.transpose(1, 2) @ near_columns
+    kernels: Tensor = near_rows.transpose(1, 2) @ near_columns
     return kernels / kernels.sum(dim=(1, 2), keepdim=True)
 
 
