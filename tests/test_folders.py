@@ -185,6 +185,45 @@ def test_a_dry_run_writes_nothing(tree, tmp_path, capsys):
     assert captured.err.count("would fail") == 1
 
 
+def test_a_dry_run_refuses_what_the_run_would_refuse(tree, tmp_path, capsys):
+    arguments = ["restore", tree / "a.png", "-o", tmp_path / "out", "--degradation", "rain"]
+    assert run(*arguments) == 0
+    assert run(*arguments, "--dry-run") == 2
+    assert "exists; add --overwrite" in capsys.readouterr().err
+    assert run(*arguments, "--dry-run", "--resume") == 0
+    assert "0 pictures" in capsys.readouterr().out
+    (tree / "a.jpe").write_bytes((tree / "a.png").read_bytes())
+    assert run("restore", tree / "a.jpe", "-o", tmp_path / "new", "--dry-run") == 2
+    assert "does not end in one of" in capsys.readouterr().err
+
+
+def test_comparisons_take_nobodys_place(tree, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tree / "a.webp").write_bytes((tree / "a.png").read_bytes())
+    options = ["-o", out, "--degradation", "rain", "--compare"]
+    assert run("restore", tree / "a.png", tree / "a.webp", *options) == 2
+    assert "would replace another picture" in capsys.readouterr().err
+    (tree / "a-compare.png").write_bytes((tree / "a.png").read_bytes())
+    assert run("restore", tree / "a.png", tree / "a-compare.png", *options, "--overwrite") == 2
+    assert not out.exists()
+    out.mkdir()
+    (out / "a-compare.png").write_bytes(b"somebody's")
+    assert run("restore", tree / "a.png", *options) == 2
+    assert (out / "a-compare.png").read_bytes() == b"somebody's" and not (out / "a.png").exists()
+
+
+def test_a_refused_run_leaves_the_report_of_another(tree, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    arguments = ["restore", tree, "-o", tmp_path / "out", "--degradation", "rain"]
+    assert run(*arguments, "--report", report) == 0
+    before = report.read_text()
+    assert run(*arguments, "--report", report) == 2
+    assert report.read_text() == before
+    assert "are left" not in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--report", tmp_path / "no" / "report.json") == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
 def test_resuming_needs_a_folder(tree, tmp_path, capsys):
     assert run("restore", tree / "a.png", "-o", tmp_path / "out.png", "--resume") == 2
     assert "--resume needs an output folder" in capsys.readouterr().err

@@ -208,8 +208,26 @@ def test_mask_limits(restorer, photograph):
     mask[8:16, 8:16] = True
     full = restorer.restore(array, "haze").image
     masked = restorer.restore(array, "haze", mask=mask).image
+    turned = mask[::-1].astype(np.float32)[::-1]  # its strides are negative
+    assert np.array_equal(restorer.restore(array, "haze", mask=turned).image, masked)
     assert np.array_equal(masked[~mask], array[~mask])
     assert np.array_equal(masked[mask], full[mask])
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((24, 32), None), ((3, 24, 32), 0), ((2, 24, 32, 3), -1)]
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint32])
+def test_outside_of_the_mask_every_bit_stays(restorer, dtype, shape, axis):
+    """Though the way to pixels and back rounds what has more digits than float32."""
+    generator = np.random.default_rng(0)
+    array = (1000 + 1e8 * generator.random(shape)).astype(dtype)
+    mask = np.zeros((24, 32))
+    mask[8:16, 8:16] = 0.5
+    done = restorer.restore(array, "haze", mask=mask, channel_axis=axis, value_range=(0, 2e8)).image
+    outside = np.broadcast_to(mask[..., None] == 0 if axis == -1 else mask == 0, shape)
+    assert np.array_equal(done[outside], array[outside])
+    assert (done[~outside] != array[~outside]).any()
 
 
 @pytest.mark.parametrize("found", [diagnosis("clean"), diagnosis("unsure", Degradation.RAIN, 0.4)])
@@ -446,6 +464,19 @@ def test_vote_averages_sigma_of_those_who_agree():
     found = vote([*noisy, diagnosis("clean")])
     assert found.degradation is Degradation.NOISE_25 and found.sigma == 25.0
     assert sum(found.probabilities.values()) == pytest.approx(1)
+
+
+def test_all_noise_votes_as_one():
+    """Two noisy images of different levels outvote a clean one."""
+    noisy = [
+        diagnosis("degraded", Degradation.NOISE_15, sigma=17.0),
+        diagnosis("degraded", Degradation.NOISE_25, sigma=22.0),
+    ]
+    for order in (noisy, noisy[::-1]):
+        found = vote([diagnosis("clean"), *order])
+        assert found.verdict == "degraded" and found.sigma == 19.5
+        assert found.degradation is Degradation.NOISE_25  # nearest to 19.5, if just so
+    assert vote([noisy[0], diagnosis("clean"), diagnosis("clean")]).verdict == "clean"
 
 
 def test_a_given_model_is_not_touched(tiny_model):

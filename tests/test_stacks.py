@@ -3,6 +3,7 @@
 import gc
 import itertools
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from dfpir import stacks, targets
 from dfpir.degradation import Degradation, Diagnosis, caution
-from dfpir.pixels import natural_range
+from dfpir.pixels import PixelError, natural_range
 from dfpir.record import array_hash
 from dfpir.restorer import Restorer
 from dfpir.stacks import (
@@ -180,6 +181,36 @@ def test_a_mask_bounds_what_changes_and_what_is_read(restorer):
         value_range=done.records[0].value_range,
     )
     same(again.image[mask], done.image[mask])
+
+
+def test_no_plane_is_no_choice(restorer):
+    with pytest.raises(PixelError, match="No plane is chosen"):
+        restore_stack(counts(3, 32, 40), "noise-25", restorer=restorer, planes=[])
+
+
+def test_records_tell_what_was_remarked(restorer, monkeypatch):
+    """What is remarked on each plane stands in the stack's record once."""
+    whole = restorer.restore
+
+    def remarking(*arguments, **options):
+        done = whole(*arguments, **options)
+        record = replace(done.record, notes=("Memory was short.",), statistics="sampled")
+        return replace(done, record=record)
+
+    monkeypatch.setattr(restorer, "restore", remarking)
+    [record] = restore_stack(counts(3, 32, 40), "noise-25", restorer=restorer).records
+    assert record.notes == ("Memory was short.",) and record.statistics == "sampled"
+
+
+def test_alpha_is_no_measurement(restorer):
+    generator = np.random.default_rng(0)
+    opaque = generator.integers(0, 200, (32, 40, 4), dtype=np.uint8)
+    opaque[..., 3] = 255
+    with_alpha, without = (
+        restore_stack(each, "rain", restorer=restorer, rgb=True).records[0].linearity
+        for each in (opaque, opaque[..., :3])
+    )
+    assert with_alpha == without and with_alpha.values == 3 * 32 * 40
 
 
 def test_a_mask_for_each_plane(restorer):
@@ -415,6 +446,18 @@ def test_residual_adds_up():
     lazy = residual(dask.from_array(before), after)
     np.testing.assert_array_equal(lazy.compute(), found)
     assert lazy.dtype == np.float32
+
+
+@pytest.mark.parametrize(("unit", "found"), [("second", "s"), ("minute", "min"), ("pixel", None)])
+def test_time_has_units_that_ome_knows(tmp_path, unit, found):
+    tifffile = pytest.importorskip("tifffile")
+    path, _ = save_stack(
+        tmp_path / "a.tif", counts(2, 3, 32, 40), [], axes="TZ", pixel_size={"T": (2.0, unit)}
+    )
+    with tifffile.TiffFile(path) as file:
+        text = file.ome_metadata
+    assert ("TimeIncrement" in text) == (found is not None)
+    assert found is None or f'TimeIncrementUnit="{found}"' in text
 
 
 def test_a_saved_stack_keeps_pixels_and_their_size(restorer, tmp_path):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from napari.layers import Image, Labels, Shapes
     from numpy.typing import NDArray
 
+    Place = tuple[int | None, ...]
+
 RECORDS = "dfpir"
 """Key of a layer's metadata under which the records of its restorations stand, in order."""
 
@@ -27,6 +29,9 @@ SCOPES = {
 
 WHOLE = (STACK, REGION_OF_STACK)
 """Scopes that take all planes."""
+
+MARKED = {REGION: PLANE, REGION_OF_STACK: STACK}
+"""Scopes that a region limits, and what they are without it."""
 
 CHANNEL_NAMES = {"c", "ch", "channel", "channels"}
 TIFF_LETTERS = {"t": "T", "time": "T", "z": "Z", "depth": "Z"} | dict.fromkeys(CHANNEL_NAMES, "C")
@@ -105,7 +110,7 @@ def mask_from_labels(layer: Image, labels: Labels) -> NDArray[np.bool_]:
         If the two do not lie on the same pixels.
     """
     shape = tuple(finest(layer).shape)[: layer.ndim]
-    found = tuple(labels.data.shape)
+    found = tuple(finest(labels).shape)
     same_place = np.allclose(labels.scale[-2:], layer.scale[-2:]) and np.allclose(
         labels.translate[-2:], layer.translate[-2:]
     )
@@ -115,7 +120,7 @@ def mask_from_labels(layer: Image, labels: Labels) -> NDArray[np.bool_]:
             f"scale and place of {layer.name!r}. Make them with that layer selected."
         )
         raise ValueError(message)
-    return np.asarray(labels.data) > 0
+    return np.asarray(finest(labels)) > 0
 
 
 def outline(vertices: NDArray[Any], kind: str) -> NDArray[Any]:
@@ -129,8 +134,11 @@ def outline(vertices: NDArray[Any], kind: str) -> NDArray[Any]:
     return centre + np.cos(angles) * across + np.sin(angles) * down
 
 
-def mask_from_shapes(layer: Image, shapes: Shapes) -> NDArray[np.bool_]:
+def mask_from_shapes(layer: Image, shapes: Shapes, plane: Place | None = None) -> NDArray[np.bool_]:
     """Return the pixels (H, W) of an image layer that lie in the closed shapes of another layer.
+
+    With a plane, only shapes that are drawn on it, or on all of them alike, count; None in its
+    place stands for any index.
 
     Raises
     ------
@@ -149,8 +157,14 @@ def mask_from_shapes(layer: Image, shapes: Shapes) -> NDArray[np.bool_]:
             world = np.asarray(shapes.data_to_world(vertex))
             missing = layer.ndim - len(world)
             world = np.concatenate([np.zeros(max(missing, 0)), world])[-layer.ndim :]
-            corners.append(np.asarray(layer.world_to_data(world))[-2:])
-        rows, columns = np.transpose(corners)
+            corners.append(np.asarray(layer.world_to_data(world)))
+        *leading, rows, columns = np.transpose(corners)
+        drawn = len(leading) - max(layer.ndim - shapes.ndim, 0)  # of these the shapes know
+        if plane is not None and any(
+            index is not None and (np.rint(each) != index).any()
+            for each, index in zip(leading[::-1][:drawn], plane[::-1], strict=False)
+        ):
+            continue
         mask[polygon(rows, columns, mask.shape)] = True
     if not mask.any():
         message = (
@@ -161,22 +175,28 @@ def mask_from_shapes(layer: Image, shapes: Shapes) -> NDArray[np.bool_]:
     return mask
 
 
-def mask_from(layer: Image, marks: Labels | Shapes | None) -> NDArray[np.bool_]:
-    """Return where a region layer asks for restoration.
+NO_REGION = "There is no region yet. Draw one in a Shapes or Labels layer and choose it."
+
+
+def mask_from(
+    layer: Image, marks: Labels | Shapes | None, plane: Place | None = None
+) -> NDArray[np.bool_]:
+    """Return where a region layer asks for restoration, of one plane if that is given.
 
     Raises
     ------
     ValueError
     """
     if marks is None:
-        message = (
-            "There is no region yet. Add a Shapes or Labels layer, draw on the image, and choose "
-            "it as region."
-        )
-        raise ValueError(message)
+        raise ValueError(NO_REGION)
     if hasattr(marks, "shape_type"):
-        return mask_from_shapes(layer, marks)
+        return mask_from_shapes(layer, marks, plane)
     return mask_from_labels(layer, marks)
+
+
+def without_channel(plane: tuple[int, ...], channels: int | None) -> Place:
+    """Return a plane with None for its channel: a region is meant for all of them."""
+    return tuple(None if axis == channels else index for axis, index in enumerate(plane))
 
 
 def request(
@@ -200,22 +220,32 @@ def request(
     if channels is not None:
         asked["channel_axis"] = channels
     if scope in (REGION, REGION_OF_STACK):
-        asked["mask"] = mask_from(layer, marks)
+        place = None if scope == REGION_OF_STACK else without_channel(plane, channels)
+        asked["mask"] = mask_from(layer, marks, place)
     if scope in (PLANE, REGION) and plane:
         asked["planes"] = [plane]
     return asked
 
 
-def python_line(layer: Image, degradation: str, asked: dict[str, Any]) -> str:
+def python_line(
+    layer: Image, degradation: str, asked: dict[str, Any], marks: Labels | Shapes | None = None
+) -> str:
     """Return the Python that does the same, for napari's console or a script.
 
-    The number of threads decides on the last bits; the widget leaves one to the screen.
+    The number of threads decides on the last bits; the widget leaves one to the screen. A region
+    is named, so that nobody need compute it for that.
     """
-    stack = f"viewer.layers[{layer.name!r}].data"
-    words = [f"list({stack})" if layer.multiscale else stack, repr(degradation)]
-    words += [f"{key}={'mask' if key == 'mask' else repr(value)}" for key, value in asked.items()]
+    name = f"viewer.layers[{layer.name!r}]"
+    words = [f"list({name}.data)" if layer.multiscale else f"{name}.data", repr(degradation)]
+    words += [f"{key}={value!r}" for key, value in asked.items()]
+    imported = ""
+    if marks is not None:
+        [plane] = asked.get("planes", [None])
+        place = plane and without_channel(plane, asked.get("channel_axis"))
+        words.append(f"mask=mask_from({name}, viewer.layers[{marks.name!r}], {place})")
+        imported = "from dfpir_napari._layers import mask_from; "
     return (
-        "import torch; from dfpir.stacks import restore_stack, spare_threads; "
+        f"import torch; {imported}from dfpir.stacks import restore_stack, spare_threads; "
         "torch.set_num_threads(spare_threads()); "
         f"done = restore_stack({', '.join(words)})"
     )

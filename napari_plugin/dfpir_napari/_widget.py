@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -362,13 +363,15 @@ class RestorationWidget(Container):
         return _layers.request(layer, scope, self._plane(layer), marks=marks, channels=channels)
 
     def _python_line(self, layer: Image) -> str:
-        try:
-            asked = self._request(layer, self.scope.value)
-        except ValueError as error:
-            return str(error)
+        scope, marks = self.scope.value, None
+        if scope in _layers.MARKED:
+            marks, scope = self.region.value, _layers.MARKED[scope]
+            if marks is None:
+                return f"# {_layers.NO_REGION}"
+        asked = self._request(layer, scope)
         if self.strength.value != 1:
             asked["strength"] = round(self.strength.value, 4)
-        return _layers.python_line(layer, self.degradation.value, asked)
+        return _layers.python_line(layer, self.degradation.value, asked, marks)
 
     def _steps(self, kind: str, *arguments: Any, **options: Any) -> Generator[Step, None, Any]:
         """Start the core's generator of that name; runs in the worker, where torch may load."""
@@ -483,6 +486,8 @@ class RestorationWidget(Container):
 
     def restore_layers(self, layers: list[Any]) -> None:
         """Restore image layers in place, one after the other."""
+        if not self.running:
+            self._drop_preview()
         chosen = self._known(layers)
         if not self._may_begin(chosen):
             return
@@ -490,9 +495,13 @@ class RestorationWidget(Container):
         self._next_layer()
 
     def _next_layer(self) -> None:
+        # Layers may have been removed since they were asked for.
+        self._queue = self._known(self._queue)
+        if not self._queue:
+            return
         layer = self._queue.pop(0)
-        self.layer.value = layer
         with self._reporting_errors():
+            self.layer.value = layer
             asked = self._request(layer, self.scope.value)
             before, facts = layer.data, _layers.attributes(layer)
             steps = self._steps(
@@ -502,7 +511,6 @@ class RestorationWidget(Container):
                 strength=self.strength.value,
                 **asked,
             )
-            self._drop_preview()
             self._run(
                 steps,
                 lambda done: self._put_back(layer, before, facts, done),
@@ -530,7 +538,10 @@ class RestorationWidget(Container):
             self.say(" ".join([f"{layer.name}: {done.summary}.", *notes]))
         else:
             facts["name"] += " restored"
-            facts["metadata"][_layers.RECORDS] = records
+            facts["metadata"][_layers.RECORDS] = [
+                *facts["metadata"].get(_layers.RECORDS, []),
+                *records,
+            ]
             self._show_layer(done.image, facts, beside=layer if present else None)
             what = "was changed" if present else "was removed"
             show_warning(f"{layer.name} {what} meanwhile; the result is a layer of its own.")
@@ -540,7 +551,10 @@ class RestorationWidget(Container):
     def undo_latest(self, _: Any = None) -> None:
         """Bring back what the latest restoration of the chosen layer replaced."""
         layer = self.layer.value
-        if self.running or layer is None or self._history.latest(layer) is None:
+        if self.running:
+            show_info("dfpir is at work; wait for it, or cancel it before undoing.")
+            return
+        if layer is None or self._history.latest(layer) is None:
             show_info("dfpir: there is nothing to undo in this layer.")
             return
         if self._history.undo(layer):
@@ -572,12 +586,18 @@ class RestorationWidget(Container):
             self.native, "Save with record", f"{self.layer.value.name}.ome.tif", "TIFF (*.tif)"
         )
         if name:
-            self.save_to(name)
+            # The dialog has asked about this file, if it exists, but about no other.
+            self.save_to(name, overwrite=Path(name).exists())
 
-    def save_to(self, path: str) -> None:
-        """Write the chosen layer as OME-TIFF and its records as JSON; replaces what is there."""
+    def save_to(self, path: str, *, overwrite: bool = False) -> None:
+        """Write the chosen layer as OME-TIFF and its records as JSON.
+
+        What has no suffix of a TIFF gets one. `overwrite` says whether the file at just this path
+        may be replaced, and its records with it.
+        """
         layer = self.layer.value
-        path = path if path.lower().endswith((".tif", ".tiff")) else f"{path}.ome.tif"
+        if not path.lower().endswith((".tif", ".tiff")):
+            path, overwrite = f"{path}.ome.tif", False
 
         def steps() -> Generator[Step, None, Any]:
             from dfpir.stacks import save_steps
@@ -590,7 +610,7 @@ class RestorationWidget(Container):
                     rgb=layer.rgb,
                     axes=_layers.tiff_axes(layer),
                     pixel_size=_layers.pixel_size(layer),
-                    overwrite=True,
+                    overwrite=overwrite,
                 )
             )
 
@@ -621,7 +641,7 @@ class RestorationWidget(Container):
 
     def _fail(self, error: BaseException) -> None:
         logger.error("dfpir failed", exc_info=error)
-        known = isinstance(error, ValueError | ImportError | OSError)
+        known = isinstance(error, ValueError | ImportError | OSError | WorkError)
         words = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
         self._queue = []
         if not self._closed:
@@ -634,7 +654,10 @@ class RestorationWidget(Container):
         """Advance a generator in a worker; `then` gets its result, on the main thread."""
 
         def work() -> Generator[Step, None, Any]:
-            return (yield from steps)
+            try:
+                return (yield from steps)
+            except RuntimeError as error:
+                raise WorkError(str(error)) from error
 
         bar = cancelable_progress(total=1000, desc=doing)
         worker = create_worker(work, _start_thread=False, _ignore_errors=True)
@@ -663,14 +686,13 @@ class RestorationWidget(Container):
             state["closer"] = closer
             closer.finished.connect(end)
             closer.start()
-            self._queue = []
-            if not self._closed:
-                self.say("Cancelled; nothing was changed.")
 
         def end() -> None:
             bar.close()
             self._worker = None
             self._refresh()
+            if worker.abort_requested and not self._closed:
+                self.say(f"Cancelled: {doing[0].lower()}{doing[1:]}. It has changed nothing.")
             if self._queue and not self._closed:
                 self._next_layer()
 
@@ -693,6 +715,7 @@ class RestorationWidget(Container):
         """Cancel what is being worked on; nothing changes."""
         if self._worker is not None:
             self._worker.quit()
+            self._queue = []
             if not self._closed:
                 self.cancel.enabled = False
                 self.say("Cancelling...")
@@ -701,6 +724,13 @@ class RestorationWidget(Container):
         """Stop when the widget goes."""
         self._closed = True
         self.stop()
+
+
+class WorkError(Exception):
+    """A RuntimeError of the core, on its way to the screen.
+
+    Raised as such in a worker, it would be taken for a sign that Qt is going, and be dropped.
+    """
 
 
 class Reporting:

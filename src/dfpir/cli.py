@@ -417,9 +417,6 @@ def restore_pictures(options: argparse.Namespace) -> int:
     from dfpir import folders
 
     jobs = folders.plan(options.inputs, options.output, recursive=options.recursive)
-    restorer = load_restorer(options)
-    if options.dry_run:
-        return show_estimate(jobs, folders.estimate(jobs, restorer))
     single = jobs[0].target == options.output
     if single and options.resume:
         message = "--resume needs an output folder, which holds the journal; name a folder with -o"
@@ -434,13 +431,22 @@ def restore_pictures(options: argparse.Namespace) -> int:
         resume=options.resume or options.retry_failed,
         retry_failed=options.retry_failed,
     )
+    journal = None if single else folders.Journal(options.output)
+    folders.check(jobs, settings, journal)
+    if options.report and not options.report.parent.is_dir():
+        message = f"--report: there is no folder {options.report.parent}; make it first"
+        raise UsageError(message)
+    restorer = load_restorer(options)
+    if options.dry_run:
+        jobs = folders.left_to_do(jobs, restorer, settings, journal)
+        return show_estimate(jobs, folders.estimate(jobs, restorer, settings))
     report, started = folders.Report(), time.monotonic()
     try:
         for outcome in folders.restore_files(
             jobs,
             restorer,
             settings,
-            journal=None if single else folders.Journal(options.output),
+            journal=journal,
             progress_of=lambda job: Bar(job.source.name),
         ):
             report.outcomes.append(outcome)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,10 @@ class Job:
     def comparison(self) -> Path:
         """Where before and after go side by side, if that is asked for."""
         return self.target.with_name(f"{self.target.stem}-compare.png")
+
+    def outputs(self, *, compare: bool) -> tuple[Path, ...]:
+        """Return all files that are to be written."""
+        return (self.target, self.comparison) if compare else (self.target,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +226,12 @@ def plan(inputs: Sequence[Path], output: Path, *, recursive: bool = False) -> li
     jobs: dict[Path, Job] = {}
     for source, place in places.items():
         job = Job(source, output / place)
+        if job.target.suffix.lower() not in SUPPORTED_SUFFIXES:
+            message = (
+                f"{source} does not end in one of {', '.join(sorted(SUPPORTED_SUFFIXES))}, which "
+                "says how to write it; restore it alone, to an -o that does"
+            )
+            raise PlanError(message)
         if job.target in jobs:
             other = jobs[job.target].source
             message = f"{other} and {source} would both become {job.target}; restore them apart"
@@ -286,19 +296,45 @@ def check(jobs: Sequence[Job], settings: Settings, journal: Journal | None) -> N
     Raises
     ------
     PlanError
-        If an output exists that no journal claims as begun or done by an earlier run.
+        If an output exists that no journal claims as begun or done by an earlier run, or a
+        comparison would take the place of an input or of what another picture becomes.
     """
+    taken = {job.target.resolve() for job in jobs} | {job.source.resolve() for job in jobs}
     for job in jobs:
-        if settings.overwrite or not job.target.exists():
-            continue
-        if job.source.resolve() == job.target.resolve():
-            message = f"{job.target} is an input and would be replaced; add --overwrite, or "
-            message += "another -o"
+        if settings.compare and job.comparison.resolve() in taken:
+            message = (
+                f"{job.comparison}, before and after of {job.source}, would replace another "
+                "picture; leave out --compare, or restore them apart"
+            )
             raise PlanError(message)
+        taken.add(job.comparison.resolve())
         known = settings.resume and journal is not None and journal.of(job).get("state")
-        if not known:
-            message = f"{job.target} exists; add --overwrite to replace it, or name another -o"
-            raise PlanError(message)
+        for output in job.outputs(compare=settings.compare):
+            if settings.overwrite or not output.exists():
+                continue
+            if job.source.resolve() == output.resolve():
+                message = f"{output} is an input and would be replaced; add --overwrite, or "
+                message += "another -o"
+                raise PlanError(message)
+            if not known:
+                message = f"{output} exists; add --overwrite to replace it, or name another -o"
+                raise PlanError(message)
+
+
+def is_done(job: Job, event: Mapping[str, Any], source_hash: str, key: str) -> bool:
+    """Say whether the latest event of a job is that it was done, from this input and as asked."""
+    same = (event.get("input_sha256"), event.get("settings")) == (source_hash, key)
+    return same and event["state"] == "done" and job.target.exists()
+
+
+def left_to_do(
+    jobs: Sequence[Job], restorer: Restorer, settings: Settings, journal: Journal | None
+) -> list[Job]:
+    """Return the jobs that `restore_files` would not skip as done before."""
+    if journal is None or not settings.resume:
+        return list(jobs)
+    key = settings.key(restorer)
+    return [job for job in jobs if not is_done(job, journal.of(job), digest(job.source), key)]
 
 
 def restore_files(
@@ -339,7 +375,7 @@ def restore_files(
         source_hash = digest(job.source)
         earlier = journal.of(job) if journal and settings.resume else {}
         same = (earlier.get("input_sha256"), earlier.get("settings")) == (source_hash, key)
-        if same and earlier["state"] == "done" and job.target.exists():
+        if is_done(job, earlier, source_hash, key):
             yield Outcome(job, "skipped", "done before")
             continue
         if same and earlier["state"] == "failed" and not settings.retry_failed:
@@ -391,7 +427,9 @@ def restore_file(
     written = write_image(job.target, image, picture.metadata, overwrite=replace)
     notes += [f"{job.target}: {note}" for note in written]
     if settings.compare:
-        write_image(job.comparison, side_by_side(picture.array, image), overwrite=replace)
+        both = side_by_side(picture.array, image)
+        written = write_image(job.comparison, both, overwrite=replace)
+        notes += [f"{job.comparison}: {note}" for note in written]
     status = "restored" if done.steps else "unchanged"
     return Outcome(job, status, done.summary, tuple(notes)), done.record.as_dict()
 
@@ -403,8 +441,11 @@ def side_by_side(before: NDArray[Any], after: NDArray[Any]) -> NDArray[Any]:
     return np.concatenate([before, gap, after], axis=1)
 
 
-def estimate(jobs: Sequence[Job], restorer: Restorer) -> Estimate:
-    """Say what the files will take, by their sizes and the speed on one small picture."""
+def estimate(jobs: Sequence[Job], restorer: Restorer, settings: Settings) -> Estimate:
+    """Say what the files will take, by their sizes and the speed on one small picture.
+
+    Of several steps it counts one: most pictures suffer from one thing at the most.
+    """
     sizes, unreadable = [], []
     for job in jobs:
         try:
@@ -415,7 +456,7 @@ def estimate(jobs: Sequence[Job], restorer: Restorer) -> Estimate:
     restorer.restore(trial, restorer.model.config.degradations[0])  # the first one is slower
     started = time.perf_counter()
     restorer.restore(trial, restorer.model.config.degradations[0])
-    each = (time.perf_counter() - started) / TRIAL_SIDE**2
+    each = (time.perf_counter() - started) / TRIAL_SIDE**2 * (8 if settings.ensemble else 1)
     pixels = sum(height * width for height, width in sizes)
     largest = max(sizes, key=lambda size: size[0] * size[1], default=(1, 1))
     config, device = restorer.model.config, restorer.device

@@ -213,8 +213,14 @@ OME_UNITS = {
     "nanometer": "nm",
     "um": "µm",
     "pixel": "pixel",
+    "second": "s",
+    "millisecond": "ms",
+    "microsecond": "µs",
+    "minute": "min",
+    "hour": "h",
+    "day": "d",
 }
-"""Names of units of length as hosts use them, and as OME-TIFF does."""
+"""Names of units of length and time as hosts use them, and as OME-TIFF does."""
 
 
 def save_with_record(
@@ -285,6 +291,8 @@ def save_with_record(
         "Description": f"Restored by dfpir; see {beside.name}",
     }
     for letter, (size, unit) in (pixel_size or {}).items():
+        if letter == "T" and unit == "pixel":
+            continue  # frames that nobody has timed
         key = "TimeIncrement" if letter == "T" else f"PhysicalSize{letter}"
         facts[key], facts[f"{key}Unit"] = float(size), OME_UNITS.get(unit, unit)
     mark = secrets.token_hex(8)

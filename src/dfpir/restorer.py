@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfpir import weights as weights_module
-from dfpir.classifier import DegradationClassifier, load_classifier
+from dfpir.classifier import DegradationClassifier, kind_of, load_classifier
 from dfpir.classifier import classify as classify_with
 from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
 from dfpir.kernels.cpu import TILE_BYTES
@@ -305,24 +305,44 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 def vote(diagnoses: Sequence[Diagnosis]) -> Diagnosis:
     """Return one diagnosis for all images of a stack: the most frequent verdict.
 
-    Probabilities are averaged over the stack, sigma over the images that agree.
+    Noise of any level is one kind. Probabilities are averaged over the stack, sigma over the images
+    that agree, and the level of noise is the one nearest to that.
     """
-    ranked = Counter((each.verdict, each.degradation) for each in diagnoses).most_common()
-    tied = [kind for kind, count in ranked if count == ranked[0][1]]
+    parties: dict[tuple[str, str], list[Diagnosis]] = {}
+    for each in diagnoses:
+        kind = kind_of(each.degradation) if each.degradation else CLEAN
+        parties.setdefault((each.verdict, kind), []).append(each)
     names = diagnoses[0].probabilities
     mean = {
         name: sum(each.probabilities[name] for each in diagnoses) / len(diagnoses) for name in names
     }
-    verdict, degradation = max(
-        tied, key=lambda kind: mean[kind[1].value] if kind[1] else mean[CLEAN]
+    together = Diagnosis("unsure", None, mean)
+    chosen = max(
+        parties.values(),
+        key=lambda party: (len(party), together.probability(party[0].degradation)),
     )
-    sigmas = [
-        each.sigma
-        for each in diagnoses
-        if each.sigma is not None and (each.verdict, each.degradation) == (verdict, degradation)
-    ]
+    degradation = Counter(each.degradation for each in chosen).most_common(1)[0][0]
+    sigmas = [each.sigma for each in chosen if each.sigma is not None]
     sigma = sum(sigmas) / len(sigmas) if sigmas else None
-    return Diagnosis(verdict, degradation, mean, sigma)
+    if sigma is not None:
+        degradation = Degradation.nearest_noise(sigma)
+    return Diagnosis(chosen[0].verdict, degradation, mean, sigma)
+
+
+def put_outside(
+    image: NDArray[Any], array: NDArray[Any], outside: NDArray[np.bool_], channel_axis: int | None
+) -> None:
+    """Bring back, to the last bit, what lies outside of a mask.
+
+    The way to pixels and back rounds floats and large integers. `outside` is (H, W) or (N, H, W).
+    """
+    after, before = image, array
+    if channel_axis is not None:
+        after, before = (np.moveaxis(each, channel_axis, -1) for each in (after, before))
+        outside = outside[..., None]
+    if outside.ndim > after.ndim:
+        outside = outside[0]
+    np.copyto(after, before, where=outside)
 
 
 class Restorer:
@@ -452,7 +472,7 @@ class Restorer:
         """
         array = np.asarray(array)
         pixels, form = to_pixels(array, channel_axis=channel_axis, value_range=value_range)
-        weight = None if mask is None else torch.from_numpy(np.asarray(mask, dtype=np.float32))
+        weight = None if mask is None else torch.from_numpy(np.ascontiguousarray(mask, np.float32))
         if weight is not None and weight.shape[-2:] != pixels.shape[-2:]:
             height, width = pixels.shape[-2:]
             message = (
@@ -472,6 +492,8 @@ class Restorer:
         )
         assert isinstance(done.image, Tensor)
         image = to_array(done.image, form) if done.steps else array.copy()
+        if weight is not None and done.steps:
+            put_outside(image, array, weight.numpy() == 0, form.channel_axis)
         consistency = None
         if isinstance(done.consistency, Tensor):
             low, high = form.value_range
@@ -608,7 +630,7 @@ class Restorer:
             With an ensemble: of the answers, over all steps; otherwise zeros.
         """
         begun: list[Degradation] = []
-        variance = torch.zeros_like(pixels[:, :1], dtype=torch.float32)
+        variances: list[Tensor] = []
 
         def look(image: Tensor) -> Diagnosis:
             return classify_images(image)[0]
@@ -629,11 +651,10 @@ class Restorer:
                 course.remark(STRONG_NOISE)
 
             def attempt(lowered: Tensor) -> Tensor:
-                nonlocal variance
                 if not course.ensemble:
                     return self.run(lowered, kind, course.tiling, progress, None, course)
                 restored, deviation = self.run_turned(lowered, kind, course, progress)
-                variance = variance + (deviation / contrast) ** 2
+                variances.append((deviation / contrast) ** 2)
                 return restored
 
             return with_contrast(given, contrast, attempt)
@@ -641,6 +662,9 @@ class Restorer:
         restored, steps = restore_by_steps(pixels, found, look, remove, most)
         for kind in begun[len(steps) :]:
             course.remark(f"Removing {kind.label} was undone: it seemed no less likely afterwards.")
+        variance = torch.zeros_like(pixels[:, :1], dtype=torch.float32)
+        for each in variances[: len(steps)]:  # one that was undone leaves no doubt
+            variance = variance + each
         return restored, steps, variance.sqrt()
 
     def run_turned(

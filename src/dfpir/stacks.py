@@ -173,6 +173,9 @@ class Selection:
             raise PixelError(message)
         every = list(np.ndindex(*leading))
         chosen = every if planes is None else [tuple(map(int, index)) for index in planes]
+        if not chosen:
+            message = "No plane is chosen. Leave planes out for all of them."
+            raise PixelError(message)
         for index in chosen:
             inside = len(index) == len(leading)
             if not inside or not all(0 <= i < n for i, n in zip(index, leading, strict=True)):
@@ -532,6 +535,7 @@ class StackWork:
         if self.pyramid is None:
             self.pyramid = Pyramid(self.levels, len(part.leading), self.output)
         sums = LinearitySums()
+        done: list[RestorationRecord] = []
         shape = self.levels[0].shape if part.whole else self.partial_shape(part)
         digest = hashlib.sha256(f"{np.dtype(self.levels[0].dtype).str}{tuple(shape)}".encode())
         for index, share in reporter.each(part.planes, "restoring plane"):
@@ -543,11 +547,15 @@ class StackWork:
             if len(part.planes) > 1:
                 words += f" plane {part.planes.index(index) + 1} of {len(part.planes)}"
             weights = self.mask.plane(index)
-            restored = self.restore_box(plane, box, weights, degradation, seen, share, words)
+            restored, record = self.restore_box(
+                plane, box, weights, degradation, seen, share, words
+            )
+            done.append(record)
             inside = ... if weights is None else weights > 0
-            sums.add(plane[inside], restored[inside])
+            colours = np.s_[..., :3] if self.selection.rgb else ...
+            sums.add(plane[inside][colours], restored[inside][colours])
             self.pyramid.write(index, restored, weights)
-        return self.record(part, seen, diagnosis, digest.hexdigest(), sums)
+        return self.record(part, seen, diagnosis, digest.hexdigest(), sums, done)
 
     def partial_shape(self, part: Selection) -> tuple[int, ...]:
         """Return the shape of the chosen planes one after the other; of one plane, its own."""
@@ -563,8 +571,8 @@ class StackWork:
         seen: ValueRange,
         reporter: Reporter,
         words: str,
-    ) -> NDArray[Any]:
-        """Return a copy of a plane with one box of it restored."""
+    ) -> tuple[NDArray[Any], RestorationRecord]:
+        """Return a copy of a plane with one box of it restored, and the record of that box."""
         done = self.restorer.restore(
             plane[box],
             degradation,
@@ -577,7 +585,7 @@ class StackWork:
         )
         restored = plane.copy()
         restored[box] = done.image
-        return restored
+        return restored, done.record
 
     def record(
         self,
@@ -586,10 +594,18 @@ class StackWork:
         diagnosis: Diagnosis,
         input_sha256: str = "",
         sums: LinearitySums | None = None,
+        done: Sequence[RestorationRecord] = (),
     ) -> RestorationRecord:
-        """Write down what was done to one channel; without sums, that nothing was."""
+        """Write down what was done to one channel; without sums, that nothing was.
+
+        What was remarked on its planes, which `done` has the records of, is part of it.
+        """
         degradation = diagnosis.degradation
         note = caution(degradation, rgb=part.rgb) if sums and degradation else None
+        notes = [note] if note else []
+        notes += [remark for each in done for remark in each.notes]
+        asked = self.tiling.statistics if self.tiling else "whole"
+        sampled = any(each.statistics == "sampled" for each in done)
         return RestorationRecord(
             weights=self.restorer.weights,
             weights_sha256=self.restorer.weights_sha256,
@@ -597,12 +613,12 @@ class StackWork:
             steps=(degradation.value,) if sums and degradation else (),
             strength=self.strength,
             masked=self.mask.mask is not None,
-            statistics=self.tiling.statistics if self.tiling else "whole",
+            statistics="sampled" if sampled else asked,
             value_range=seen,
             device=str(self.restorer.device),
             dtype=str(self.restorer.dtype).removeprefix("torch."),
             input_sha256=input_sha256,
-            notes=(note,) if note else (),
+            notes=tuple(dict.fromkeys(notes)),
             scope=part.scope(self.levels[0]),
             linearity=sums.report() if sums else None,
         )

@@ -204,6 +204,27 @@ def test_labels_mark_planes_or_all():
         _layers.mask_from(layer, Shapes())
 
 
+def test_shapes_of_another_plane_mark_nothing_here():
+    layer = Image(np.zeros((7, 20, 24)))
+    box = np.array([[5, 2, 2], [5, 2, 9], [5, 9, 9], [5, 9, 2]], float)
+    shapes = Shapes([box, box + np.array([1, 4, 4])], shape_type="rectangle")
+    found = _layers.request(layer, _layers.REGION, (5,), marks=shapes)
+    assert found["mask"][3, 3] and not found["mask"][12, 12]
+    with pytest.raises(ValueError, match="enclose no pixel"):
+        _layers.request(layer, _layers.REGION, (2,), marks=shapes)
+    everywhere = _layers.request(layer, _layers.REGION_OF_STACK, (2,), marks=shapes)
+    assert everywhere["mask"][3, 3] and everywhere["mask"][12, 12]
+    any_channel = _layers.request(layer, _layers.REGION, (2,), marks=shapes, channels=0)
+    assert any_channel["mask"].sum() == everywhere["mask"].sum()
+
+
+def test_labels_of_several_levels_are_those_of_the_finest():
+    marks = np.zeros((32, 40), np.int32)
+    marks[3:7, 5:9] = 1
+    labels = Labels([marks, marks[::2, ::2]], multiscale=True)
+    np.testing.assert_array_equal(_layers.mask_from(Image(np.zeros((32, 40))), labels), marks > 0)
+
+
 def test_axes_that_are_named():
     layer = Image(
         np.zeros((2, 3, 4, 20, 24)), axis_labels=("t", "c", "z", "y", "x"), scale=(5, 1, 3, 2, 1)

@@ -13,7 +13,7 @@ pytest.importorskip("pytestqt", reason="pytest-qt is not installed")
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     pytest.skip("no display: run under xvfb-run -a", allow_module_level=True)
 
-from napari.layers import Image
+from napari.layers import Image, Labels
 
 import dfpir
 from dfpir.degradation import Degradation, Diagnosis
@@ -191,6 +191,41 @@ def test_errors_are_told(qtbot, small, opened, said):
     assert "no region" in said[1]
 
 
+def test_an_error_of_torch_is_told_and_undo_still_works(qtbot, small, opened, monkeypatch):
+    """superqt drops a RuntimeError of a worker, and the widget would wait for ever."""
+    layer = Image(counts(32, 40))
+    before = layer.data
+    widget = opened(layer, degradation="noise-25")
+    press(qtbot, widget, "restore")
+
+    def exhausted(*_, **__):
+        message = "DefaultCPUAllocator: can't allocate memory"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(small, "restore", exhausted)
+    press(qtbot, widget, "restore")
+    assert "Not done. DefaultCPUAllocator" in widget._status.text() and widget.restore.enabled
+    press(qtbot, widget, "undo")
+    assert layer.data is before
+
+
+def test_what_exists_is_not_replaced_unasked(qtbot, small, opened, tmp_path, monkeypatch):
+    """A dialog asks about the name that was typed, not about what is made of it."""
+    pytest.importorskip("tifffile")
+    kept = tmp_path / "cells.ome.tif"
+    kept.write_bytes(b"somebody's")
+    widget = opened(Image(counts(32, 40)))
+    typed = str(tmp_path / "cells")
+    monkeypatch.setattr(_widget.QFileDialog, "getSaveFileName", lambda *_: (typed, ""))
+    widget.ask_where_to_save()
+    qtbot.waitUntil(lambda: not widget.running, timeout=PATIENCE)
+    assert kept.read_bytes() == b"somebody's" and "Not done" in widget._status.text()
+    typed = str(kept)
+    widget.ask_where_to_save()
+    qtbot.waitUntil(lambda: not widget.running, timeout=PATIENCE)
+    assert kept.read_bytes() != b"somebody's"
+
+
 def test_cancel_changes_nothing(qtbot, small, opened):
     layer = Image(counts(400, 32, 40))
     before = layer.data
@@ -214,6 +249,23 @@ def test_the_python_line_does_the_same(qtbot, small, opened, monkeypatch):
     viewer = SimpleNamespace(layers={"it's": Image(data)})
     scope = {"viewer": viewer}
     exec(line, scope)
+    press(qtbot, widget, "restore")
+    np.testing.assert_array_equal(layer.data, scope["done"].image)
+
+
+@pytest.mark.parametrize("scope", ["region", "region of stack"])
+def test_the_python_line_knows_the_region(qtbot, small, opened, monkeypatch, scope):
+    monkeypatch.setattr("dfpir.stacks.shared_restorer", lambda *_: small)
+    data = counts(2, 32, 40)
+    labels = Labels(np.zeros(data.shape, np.int32), name="marks")
+    labels.data[:, 4:20, 4:30] = 1
+    layer = Image(data, name="cells")
+    widget = opened(layer, degradation="noise-25", scope=scope)
+    widget.region.choices = [labels]
+    widget.region.value = labels
+    widget.more.value = True
+    scope = {"viewer": SimpleNamespace(layers={"cells": Image(data), "marks": labels})}
+    exec(widget.python.value, scope)
     press(qtbot, widget, "restore")
     np.testing.assert_array_equal(layer.data, scope["done"].image)
 
@@ -273,6 +325,19 @@ def test_preview_lies_on_its_layer_and_goes_with_restore(qtbot, small, docked):
     assert [each.name for each in viewer.layers] == ["cells"]
     changed = (layer.data != counts(3, 64, 80)).any(axis=(1, 2))
     assert changed.tolist() == [False, True, False]
+
+
+def test_layers_that_went_are_passed_over(qtbot, small, docked):
+    layers = [Image(counts(64, 64), name=name) for name in "abc"]
+    before = [layer.data for layer in layers]
+    viewer, widget = docked(layers[0], degradation="noise-25")
+    for layer in layers[1:]:
+        viewer.add_layer(layer)
+    widget.restore_layers(layers)
+    viewer.layers.remove(layers[1])
+    qtbot.waitUntil(lambda: not widget.running, timeout=PATIENCE)
+    changed = [layer.data is not data for layer, data in zip(layers, before, strict=True)]
+    assert changed == [True, False, True]
 
 
 def test_a_layer_removed_meanwhile_gets_a_new_one(qtbot, small, docked, said):
