@@ -70,7 +70,7 @@ BLUR_OF_FEATURES = 0.3
 PRICE = 0.1
 """Of a correction by `Overview`: its mean square, in nats, costs this much cross-entropy."""
 
-PATCHES = 72_000
+PATCHES = 112_000
 """Seen in training, unless told otherwise."""
 
 

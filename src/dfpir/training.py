@@ -60,6 +60,8 @@ SHARES: dict[Degradation | None, float] = {
 SPECIALISED = 0.2
 """What has a specialist gets so much of its share: the deeper levels must not forget it."""
 
+NO_START = "A specialist needs a network to be part of. Name one with --from."
+
 SPECIALTIES = {NOISE if kind is None else kind.value: kind for kind in SHARES}
 """What a specialist may be trained for, by name: noise of any strength, or one degradation."""
 
@@ -627,8 +629,7 @@ class Trainer:
             If there is none.
         """
         if self.start is None:
-            message = "A specialist needs a network to be part of. Name one with --from."
-            raise ValueError(message)
+            raise ValueError(NO_START)
         return self.start
 
     def result(self) -> DFPIR:
@@ -861,6 +862,8 @@ def train(
         if not 1 <= settings.levels <= len(LEVELS):
             message = f"A specialist has 1 to {len(LEVELS)} levels; found {settings.levels}."
             raise ValueError(message)
+        if start is None:  # before pictures are read for minutes
+            raise ValueError(NO_START)
         config = replace(config, details=DFPIRConfig.specialist().details)
     pictures = Pictures.load(data)
     trainer = Trainer(
