@@ -47,7 +47,7 @@ BLOCK = slides.BLOCK
 
 SIDES = {"memory": 20_000, "cluster": 4096, "seams": 4096, "cancel": 2048, "exact": 1088}
 
-OVERLAP = 32
+OVERLAP = Tiling().overlap
 """Of the tiles of a picture, in pixels."""
 
 MOMENTS = (0.02, 0.25, 0.5, 0.75, 0.95)

@@ -397,7 +397,7 @@ def test_lower_strips_are_tried_when_memory_runs_out(restorer, photograph, monke
 
 def test_tiles_are_tried_at_last_and_said_so(restorer, monkeypatch):
     pixels = torch.rand(1, 3, 600, 100)
-    MemoryShort(monkeypatch, restorer.model, pixels=320 * 100)
+    MemoryShort(monkeypatch, restorer.model, pixels=(256 + 2 * module.Tiling().overlap) * 100)
     done = restorer.restore_pixels(pixels, "rain")
     assert done.record.statistics == "sampled"
     assert "tiles of 256 pixels" in done.report

@@ -88,6 +88,14 @@ def test_sampled_blocks_agree_with_their_neighbours(noisy, monkeypatch):
     assert np.abs(np.asarray(fine.image) - whole).mean() < 1
 
 
+@pytest.mark.parametrize("shape", [(9, 200), (200, 9), (9, 9)])
+def test_a_plane_may_be_narrower_than_what_blocks_read(tiny_weights, shape):
+    slide = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    lazy = restore_lazily(slide, "rain", weights=tiny_weights, value_range=(0, 255), block=64)
+    whole = Restorer(tiny_weights).restore(slide, "rain", value_range=(0, 255)).image
+    np.testing.assert_allclose(np.asarray(lazy.image).astype(int), whole, atol=1)
+
+
 def test_one_block_is_the_picture_but_for_rounding(noisy):
     done = restore_lazily(noisy, "noise-25", device="cpu")
     expected = Restorer(device="cpu").restore(noisy, "noise-25", value_range=(0, 255))

@@ -55,8 +55,11 @@ from dfpir.tiling import Tiling, windows
 BLOCK = 1024
 """Side of a block in pixels, without its surroundings."""
 
-OVERLAP = 32
-"""Pixels of surroundings that a block reads on each side; a multiple of the network's own 16."""
+OVERLAP = 64
+"""Pixels of surroundings that a block reads on each side; a multiple of the network's own 16.
+
+Of haze, whose specialist looks farthest, half of that would leave steps of five grey levels.
+"""
 
 WINDOW = 512
 """Side of the windows that attention, verdict and value range are taken from."""
@@ -171,7 +174,7 @@ def restore_block(block: NDArray[Any], attention: Attention, recipe: Recipe) -> 
     """Return a restored block, (h, w) or (h, w, 3 or 4), of the same dtype."""
     restorer = recipe.restorer()
     pixels, form = recipe.pixels(block)
-    at_once = Tiling(max(block.shape[:2]), OVERLAP, "sampled")
+    at_once = Tiling(max(16, *block.shape[:2]), OVERLAP, "sampled")
     given = tuple(each.to(restorer.device) for each in attention)
     with turn():
         restored = restorer.run(pixels, recipe.degradation, at_once, attention=given)
@@ -274,11 +277,11 @@ def restore_lazily(
     >>> slide = np.random.default_rng(0).integers(0, 256, (96, 160), dtype=np.uint8)
     >>> lazy = restore_lazily(slide, "noise-25", block=64, device="cpu").image
     >>> lazy.chunks, lazy.dtype, np.asarray(lazy).shape
-    (((64, 32), (64, 64, 32)), dtype('uint8'), (96, 160))
+    (((96,), (64, 96)), dtype('uint8'), (96, 160))
     """
     check_strength(strength)
-    if block is not None and (block < 2 * OVERLAP or block % 16):
-        message = f"block is {block}; expected a multiple of 16, at least {2 * OVERLAP}."
+    if block is not None and (block < OVERLAP or block % 16):
+        message = f"block is {block}; expected a multiple of 16, at least {OVERLAP}."
         raise ValueError(message)
     told = None if degradation == AUTO else Degradation.from_name(degradation)
     path = weights_module.resolve(weights)
@@ -342,7 +345,7 @@ def side_of(*chunks: int) -> int:
     """Return a side for blocks: about `BLOCK`, whole chunks (of these sides) where they allow."""
     low, high = CHUNKS_KEPT
     side = chunks[0]
-    if len(set(chunks)) > 1 or side % OVERLAP or not low <= side <= high:
+    if len(set(chunks)) > 1 or side % 16 or not low <= side <= high:
         return BLOCK
     return side * max(BLOCK // side, 1)
 
@@ -356,7 +359,7 @@ def blocks(length: int, side: int) -> tuple[int, ...]:
     Examples
     --------
     >>> blocks(200, 64), blocks(230, 64), blocks(20, 64)
-    ((64, 64, 72), (64, 64, 64, 38), (20,))
+    ((64, 64, 72), (64, 64, 102), (20,))
     """
     count, rest = divmod(length, side)
     if count and rest < OVERLAP:
@@ -371,10 +374,13 @@ def restored_plane(plane: Any, recipe: Recipe, side: int) -> Any:
     parts = [plane[rows, columns] for rows, columns in places(plane.shape[:2])]
     attention = dask.delayed(measure_windows, pure=True)(parts, recipe)
     colours = plane.shape[2:]
+    cuts = [blocks(length, side) for length in plane.shape[:2]]
+    # A side that is not cut has no neighbours, and may be shorter than what is read of them.
+    depths = [OVERLAP if len(each) > 1 else 0 for each in cuts]
     return dask_array.map_overlap(
         restore_block,
-        plane.rechunk((*(blocks(length, side) for length in plane.shape[:2]), *colours)),
-        depth=(OVERLAP, OVERLAP, *(0 for _ in colours)),
+        plane.rechunk((*cuts, *colours)),
+        depth=(*depths, *(0 for _ in colours)),
         boundary="none",
         dtype=plane.dtype,
         meta=np.empty((0,) * plane.ndim, plane.dtype),

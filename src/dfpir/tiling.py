@@ -16,14 +16,15 @@ class Tiling:
         Side of the square that a tile restores, in pixels, without its surroundings.
     overlap : int
         Pixels of surroundings that a tile sees on each side. The network's blocks look 3x3 far
-        each; 32 pixels leave nothing to be seen at the seams.
+        each, at up to a sixteenth of the resolution; 64 pixels leave nothing to be seen at the
+        seams.
     statistics : {"whole", "sampled"}
         From which pixels the attention between channels is taken: all of them, which is exact, or
         a sample of windows, which is for what does not fit into memory otherwise.
     """
 
     size: int = 512
-    overlap: int = 32
+    overlap: int = 64
     statistics: Literal["whole", "sampled"] = "whole"
 
     def __post_init__(self) -> None:
