@@ -1,6 +1,7 @@
 """`dfpir benchmark` on tiny cases: gates, counts, tables. No time is asserted."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -163,6 +164,16 @@ def test_memory_needed_bounds_what_a_child_takes(preset):
     config, cpu = getattr(DFPIRConfig, preset)(), torch.device("cpu")
     needed = module.memory_needed(config, (512, 512), torch.float32, device=cpu)
     assert needed / 4 < taken < needed
+
+
+def test_memory_that_cannot_be_measured_costs_no_timings(monkeypatch):
+    def fail(*arguments):
+        raise subprocess.CalledProcessError(-9, "python")
+
+    monkeypatch.setattr(module, "peak_in_child", fail)
+    row = Row("compact", 64, 64, "dfpir", "float32", [0.1, 0.2])
+    module.measure_memory([row], torch.device("cpu"))
+    assert row.peak is None and "could not be measured" in row.note
 
 
 def test_table_tells_gains_losses_and_gaps():

@@ -217,6 +217,8 @@ def test_the_verdict_follows_from_the_probabilities(weights, sigma):
 
 @given(st.integers(1, 1000), st.integers(1, 1000))
 @example(129, 1000)
+@example(10_000, 20)
+@example(20, 10_000)
 def test_crops_keep_the_resolution_and_reach_every_border(height, width):
     rows = torch.arange(height)[:, None].expand(height, width)
     columns = torch.arange(width)[None, :].expand(height, width)

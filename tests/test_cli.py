@@ -182,6 +182,12 @@ def test_weights_list_verify_path(capsys):
     assert capsys.readouterr().out.strip().endswith("dfpir-compact-10.safetensors")
 
 
+def test_a_bundled_file_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("dfpir.weights.locate", lambda entry: None)
+    assert run("weights", "list") == 0
+    assert "install dfpir again" in capsys.readouterr().out
+
+
 def test_published_weights_are_imported_and_used(picture, tmp_path, capsys):
     published, codes = tmp_path / "model.pth.tar", tmp_path / "codes.safetensors"
     torch.save({"state_dict": published_weights(7), "epoch": 1}, published)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dfpir.drafts import Draft, recover
+from dfpir.drafts import Draft, copy_folder, recover
 
 
 def folder(path, content):
@@ -86,3 +86,16 @@ def test_a_list_without_content_is_of_no_use(tmp_path):
     draft = draft_of(tmp_path / "out")
     draft.finish("0 1")
     assert draft_of(tmp_path / "out").finished == set()
+
+
+def test_a_copy_of_what_is_protected_can_be_written_to(tmp_path):
+    folder(tmp_path / "source" / "inner", "kept")
+    folder(tmp_path / "source" / "other", "left out")
+    for path in (tmp_path / "source" / "inner" / "content.txt", tmp_path / "source" / "inner"):
+        path.chmod(0o555)
+    copy_folder(tmp_path / "source", tmp_path / "copy", {tmp_path / "source" / "other"})
+    assert listed(tmp_path / "copy") == ["inner"]
+    assert shown(tmp_path / "copy" / "inner") == "kept"
+    for path in (tmp_path / "copy").rglob("*"):
+        assert path.stat().st_mode & 0o200
+    (tmp_path / "source" / "inner").chmod(0o755)

@@ -23,6 +23,7 @@ class FakeRestorer:
 
     weights = "somewhere/fake.safetensors"
     weights_sha256 = "f" * 64
+    model = SimpleNamespace(config=SimpleNamespace(degradations=tuple(Degradation)))
 
     def __init__(self, change=lambda pixels: pixels):
         self.change = change
@@ -375,6 +376,15 @@ def test_bad_folders_are_refused_in_one_line(pictures, case):
         evaluate(pictures, restorer=FakeRestorer(), sets=sets)
     assert expected in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_sets_that_the_weights_do_not_know_are_named_before_the_first_picture(pictures):
+    restorer = FakeRestorer()
+    restorer.model = SimpleNamespace(config=SimpleNamespace(degradations=tuple(Degradation)[:3]))
+    with pytest.raises(EvaluationError, match="not trained for 'rain', as which Rain100L"):
+        evaluate(pictures, restorer=restorer)
+    assert not restorer.seen
+    assert evaluate(pictures, restorer=restorer, sets=["CBSD68"]).rows
 
 
 def test_folder_that_is_none_and_limit_of_none_are_refused(tmp_path):

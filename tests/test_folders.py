@@ -40,12 +40,14 @@ def run(*arguments):
 
 
 def restore(jobs, restorer, output, **settings):
+    settings, journal = Settings("rain", **settings), Journal(output)
+    folders.check(jobs, settings, journal)
     return list(
         folders.restore_files(
             jobs,
             restorer,
-            Settings("rain", **settings),
-            journal=Journal(output),
+            settings,
+            journal=journal,
             progress_of=lambda job: contextlib.nullcontext(lambda done, total: None),
         )
     )
@@ -122,6 +124,19 @@ def test_somebody_else_s_file_is_never_replaced(tree, tmp_path, restorer):
         with pytest.raises(PlanError, match=r"b\.png exists; add --overwrite"):
             restore(plan([tree], output), restorer, output, resume=resume)
     assert contents(output) == {"b.png": b"mine"}
+
+
+def test_what_was_not_checked_is_not_replaced_either(tree, tmp_path, restorer):
+    target = tmp_path / "mine.png"
+    target.write_bytes(b"mine")
+    [outcome] = folders.restore_files(
+        [Job(tree / "a.png", target)],
+        restorer,
+        Settings("rain"),
+        progress_of=lambda job: contextlib.nullcontext(lambda done, total: None),
+    )
+    assert outcome.status == "failed" and "add --overwrite" in outcome.text
+    assert target.read_bytes() == b"mine"
 
 
 def test_failures_are_remembered_and_retried_on_demand(tree, tmp_path, restorer):
@@ -210,6 +225,14 @@ def test_comparisons_take_nobodys_place(tree, tmp_path, capsys):
     (out / "a-compare.png").write_bytes(b"somebody's")
     assert run("restore", tree / "a.png", *options) == 2
     assert (out / "a-compare.png").read_bytes() == b"somebody's" and not (out / "a.png").exists()
+
+
+def test_a_comparison_of_floats_shows_their_range(tmp_path):
+    ramp = np.linspace(100, 5000, 24 * 32, dtype=np.float32).reshape(24, 32)
+    both = folders.side_by_side(ramp, ramp[::-1], (100.0, 5000.0))
+    assert both.shape == (24, 72) and both.min() == 0 and both.max() == 1
+    np.testing.assert_allclose(both[:, :32], (ramp - 100) / 4900, rtol=1e-6)
+    np.testing.assert_array_equal(both[:, 32:40], 1)
 
 
 def test_a_refused_run_leaves_the_report_of_another(tree, tmp_path, capsys):

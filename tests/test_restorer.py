@@ -2,13 +2,14 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from conftest import SMALL_COMPACT, distance
+from conftest import SMALL_COMPACT, distance, random_model
 from dfpir import kernels
 from dfpir import restorer as module
 from dfpir.degradation import Degradation, Diagnosis
@@ -107,6 +108,29 @@ def test_several_images_have_steps_of_their_own(restorer, photograph, verdict):
     assert torch.equal(done.image[1], pixels[1])
     verdict(RAIN, RAIN, HAZE)
     assert restorer.restore_pixels(pixels, most_steps=3).steps == (Degradation.RAIN,)
+
+
+def test_what_is_found_and_not_known_is_left_with_a_remark(photograph, verdict):
+    few = replace(SMALL_COMPACT, degradations=tuple(Degradation)[:4])
+    restorer = Restorer(model=random_model(few).requires_grad_(False))
+    part = photograph[:32, :40]
+    verdict(HAZE)
+    done = restorer.restore(part)
+    np.testing.assert_array_equal(done.image, part)
+    assert done.steps == () and "not trained for 'haze'" in done.report
+    verdict(RAIN, HAZE)
+    assert restorer.restore(part, most_steps=3).steps == (Degradation.RAIN,)
+    with pytest.raises(ValueError, match="not trained for 'haze'"):
+        restorer.restore(part, "haze")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_ensemble_takes_any_precision(restorer, photograph, dtype):
+    pixels = pixels_of(photograph[:32, :40])
+    done = restorer.restore_pixels(pixels.to(dtype), "rain", ensemble=True)
+    assert done.image.dtype is dtype
+    single = restorer.restore_pixels(pixels, "rain", ensemble=True)
+    assert float((done.image.float() - single.image).abs().max()) < 0.02
 
 
 def test_deviations_of_all_steps_add_up(restorer, photograph, verdict):

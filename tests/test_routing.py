@@ -65,6 +65,19 @@ def test_steps(found, steps):
     assert walk(*found) == steps
 
 
+def test_what_cannot_be_removed_ends_it():
+    later = iter([SURE_OF_HAZE])
+    image, steps = restore_by_steps(
+        torch.zeros(1, 3, 2, 2),
+        SURE_OF_RAIN,
+        lambda image: next(later),
+        lambda image, found: image + 1,
+        3,
+        (RAIN,),
+    )
+    assert steps == (RAIN,) and torch.equal(image, torch.ones(1, 3, 2, 2))
+
+
 def test_with_one_step_nothing_is_looked_at_again():
     assert walk(SURE_OF_RAIN, most=1) == (RAIN,)
     assert walk(SURE_OF_RAIN, SURE_OF_HAZE, CLEAN, most=2) == (RAIN, HAZE)

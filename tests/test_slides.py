@@ -1,6 +1,7 @@
 """Slides: blocks that agree with the whole, read and restored only where they are asked for."""
 
 import threading
+from dataclasses import replace
 
 import dask
 import dask.array as da
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from skimage.data import camera
 
 import dfpir
+from conftest import SMALL_COMPACT, random_model
 from dfpir import checkpoint, slides
 from dfpir.degradation import Degradation, Diagnosis
 from dfpir.restorer import Restorer
@@ -180,6 +182,16 @@ def test_planes_left_alone_are_the_source_s(tiny_weights, monkeypatch):
     np.testing.assert_array_equal(found[0], stack[0])
     assert (found[1] != stack[1]).any()
     assert [record.steps for record in done.records] == [(), ("rain",)]
+
+
+def test_what_the_weights_do_not_know_is_left_with_a_remark(tmp_path, monkeypatch):
+    few = replace(SMALL_COMPACT, degradations=tuple(Degradation)[:5])
+    checkpoint.save(random_model(few), tmp_path / "few.safetensors")
+    found = Diagnosis("degraded", Degradation.BLUR, {"blur": 0.9, "clean": 0.1})
+    monkeypatch.setattr(slides, "judge", lambda *_, **__: found)
+    slide = np.zeros((48, 48), np.uint8)
+    done = restore_lazily(slide, weights=tmp_path / "few.safetensors")
+    assert done.image is slide and "not trained for 'blur'" in done.records[0].notes[0]
 
 
 def test_a_clean_slide_is_given_back(tiny_weights):

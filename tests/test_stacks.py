@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from conftest import SMALL_COMPACT, random_model
 from dfpir import stacks, targets
 from dfpir.degradation import Degradation, Diagnosis, caution
 from dfpir.pixels import PixelError, natural_range
-from dfpir.record import array_hash
+from dfpir.record import array_hash, describe
 from dfpir.restorer import Restorer
 from dfpir.stacks import (
     Reporter,
@@ -110,6 +111,20 @@ def test_the_verdict_is_one_and_by_vote(restorer, monkeypatch):
     assert done.diagnoses[0].degradation is Degradation.NOISE_50
     same(done.image, restore_stack(stack, "noise-50", restorer=restorer).image)
     assert done.records[0].diagnosis["told"] is False
+
+
+def test_what_the_weights_do_not_know_is_left_with_a_remark(monkeypatch):
+    few = replace(SMALL_COMPACT, degradations=tuple(Degradation)[:5])
+    restorer = Restorer(model=random_model(few))
+    found = Diagnosis("degraded", Degradation.BLUR, {"blur": 0.9, "clean": 0.1})
+    monkeypatch.setattr(restorer, "classify_pixels", lambda pixels: [found])
+    stack = counts(2, 32, 32)
+    done = restore_stack(stack, restorer=restorer)
+    assert done.image is stack and done.diagnoses == (found,)
+    assert "not trained for 'blur'" in done.records[0].notes[0]
+    sample = preview(stack, (0,), (slice(0, 16), slice(0, 16)), restorer=restorer)
+    same(sample.image, stack[0, :16, :16])
+    assert sample.records[0].notes == done.records[0].notes
 
 
 @pytest.mark.parametrize("verdict", ["clean", "unsure"])
@@ -233,6 +248,23 @@ def test_preview_is_a_part_of_the_plane(restorer):
     same(whole.image, restore_stack(stack, "noise-25", restorer=restorer).image[1])
 
 
+@pytest.mark.parametrize("name", ["clean", "noise"])
+def test_a_preview_is_recorded_as_it_was_judged(restorer, monkeypatch, name):
+    kinds = {"clean": 0.0, "noise-25": 0.0} | {name if name == "clean" else "noise-25": 1.0}
+    noisy = name == "noise"
+    found = Diagnosis(
+        "degraded" if noisy else "clean", Degradation.NOISE_25 if noisy else None, kinds
+    )
+    monkeypatch.setattr(restorer, "classify_pixels", lambda pixels: [found])
+    stack = counts(2, 48, 48)
+    box = (slice(0, 32), slice(0, 32))
+    done = preview(stack, (1,), box, restorer=restorer, strength=0.5)
+    assert done.diagnoses == (found,) and (done.image != stack[1, :32, :32]).any() == noisy
+    [record] = done.records
+    assert record.diagnosis == describe(found) and record.strength == 0.5
+    assert record.steps == (("noise-25",) if noisy else ())
+
+
 # Out of memory
 
 
@@ -330,6 +362,18 @@ def test_output_is_written_where_it_is_wanted_or_not_at_all(restorer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.zarr"]
     with pytest.raises(ValueError, match="exists and was left"):
         restore_stack(stack, "noise-25", restorer=restorer, output=output)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_an_output_has_the_planes_that_were_not_asked_for_too(restorer, tmp_path, lazy):
+    zarr = pytest.importorskip("zarr")
+    stack, output = counts(3, 32, 32), tmp_path / "out.zarr"
+    given = Spy(stack) if lazy else stack
+    done = restore_stack(given, "noise-25", restorer=restorer, planes=[(1,)], output=output)
+    written = zarr.open_array(str(output), mode="r")[...]
+    same(written[[0, 2]], stack[[0, 2]])
+    assert (written[1] != stack[1]).any()
+    same(written, np.asarray(done.image))
 
 
 def test_without_zarr_the_message_says_what_to_do(restorer, monkeypatch):

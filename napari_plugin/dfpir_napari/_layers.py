@@ -228,7 +228,11 @@ def request(
 
 
 def python_line(
-    layer: Image, degradation: str, asked: dict[str, Any], marks: Labels | Shapes | None = None
+    layer: Image,
+    degradation: str,
+    asked: dict[str, Any],
+    marks: Labels | Shapes | None = None,
+    device: str = "auto",
 ) -> str:
     """Return the Python that does the same, for napari's console or a script.
 
@@ -244,6 +248,9 @@ def python_line(
         place = plane and without_channel(plane, asked.get("channel_axis"))
         words.append(f"mask=mask_from({name}, viewer.layers[{marks.name!r}], {place})")
         imported = "from dfpir_napari._layers import mask_from; "
+    if device != "auto":
+        words.append(f"restorer=Restorer(device={device!r})")
+        imported += "from dfpir import Restorer; "
     return (
         f"import torch; {imported}from dfpir.stacks import restore_stack, spare_threads; "
         "torch.set_num_threads(spare_threads()); "

@@ -371,7 +371,8 @@ class RestorationWidget(Container):
         asked = self._request(layer, scope)
         if self.strength.value != 1:
             asked["strength"] = round(self.strength.value, 4)
-        return _layers.python_line(layer, self.degradation.value, asked, marks)
+        device = read_settings().device
+        return _layers.python_line(layer, self.degradation.value, asked, marks, device)
 
     def _steps(self, kind: str, *arguments: Any, **options: Any) -> Generator[Step, None, Any]:
         """Start the core's generator of that name; runs in the worker, where torch may load."""

@@ -555,7 +555,10 @@ def measure_memory(rows: Sequence[Row], device: torch.device) -> None:
         if not row.seconds:
             continue
         if device.type == "cpu":
-            row.peak = peak_in_child(row.preset, size, row.variant, row.dtype)
+            try:
+                row.peak = peak_in_child(row.preset, size, row.variant, row.dtype)
+            except (OSError, ValueError, subprocess.CalledProcessError):
+                row.note = row.note or "its memory could not be measured"
         elif device.type == "cuda":
             row.peak = peak_on_cuda(row, device)
 

@@ -252,7 +252,7 @@ def grid(height: int, width: int) -> tuple[int, int]:
     """
     rows, columns = (math.ceil(side / CROP) for side in (height, width))
     while rows * columns > MOST_CROPS:
-        if rows / height > columns / width and rows > 1:
+        if rows > 1 and (columns == 1 or rows / height > columns / width):
             rows -= 1
         else:
             columns -= 1

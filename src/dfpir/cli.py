@@ -527,7 +527,9 @@ def run_weights_list(options: argparse.Namespace) -> int:
         mark = "*" if entry.name in defaults else " "
         say(f"{mark} {entry.name:<24} {entry.role:<10} {entry.source:<8} {here:<6} {entry.licence}")
         say(f"    {entry.summary}")
-        if here == "absent":
+        if here == "absent" and entry.source == "bundled":
+            say("    It belongs to dfpir and is missing: install dfpir again.")
+        elif here == "absent":
             say(f"    Get it by hand from {entry.page}, then: {entry.facts['command']}")
     say("* used by default")
     return 0

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import os
 import shutil
+import stat
+from collections.abc import Collection
 from pathlib import Path
 
 KEY_DIGITS = 16
@@ -92,6 +95,21 @@ class Draft:
             raise
         for left in (old, *hidden(self.output, "*.part")):
             remove(left)
+
+
+def copy_folder(source: Path, folder: Path, leave_out: Collection[Path] = ()) -> None:
+    """Copy a folder, without some of what is in it, so that the copy can be written to.
+
+    A source may be protected from that.
+    """
+    shutil.copytree(
+        source,
+        folder,
+        ignore=lambda at, names: [name for name in names if Path(at) / name in leave_out],
+        copy_function=shutil.copyfile,
+    )
+    for place, _, _ in os.walk(folder):
+        Path(place).chmod(Path(place).stat().st_mode | stat.S_IRWXU)
 
 
 def beside(output: Path, what: str) -> Path:

@@ -412,6 +412,14 @@ def evaluate(
     # Everything that can be wrong with the folders is found before the first picture is restored.
     pairs = {each: list_pairs(data / each.name, each)[:limit] for each in chosen_sets(data, sets)}
     restorer = restorer or Restorer()
+    for each in pairs:
+        for told, _ in each.tasks:
+            if told and told not in restorer.model.config.degradations:
+                message = (
+                    f"The weights were not trained for {told.value!r}, as which {each.name} is "
+                    "restored; name the sets to take."
+                )
+                raise EvaluationError(message)
     total = sum(len(found) * len(each.tasks) for each, found in pairs.items())
     done = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from dfpir.files import (
     write_image,
 )
 from dfpir.model import Progress
+from dfpir.pixels import ValueRange
 from dfpir.record import package_version
 from dfpir.restorer import Restorer, memory_needed
 from dfpir.weights import file_hash
@@ -279,6 +281,9 @@ class Journal:
         with self.path.open("a", encoding="utf-8") as file:
             # A line of its own even after one that was cut short.
             file.write("\n" * self.torn + json.dumps(event) + "\n")
+            # An output is on the disk before it has its name; what is said of it must be too.
+            file.flush()
+            os.fsync(file.fileno())
         self.torn = False
 
 
@@ -299,15 +304,17 @@ def check(jobs: Sequence[Job], settings: Settings, journal: Journal | None) -> N
         If an output exists that no journal claims as begun or done by an earlier run, or a
         comparison would take the place of an input or of what another picture becomes.
     """
-    taken = {job.target.resolve() for job in jobs} | {job.source.resolve() for job in jobs}
+    if settings.compare:
+        taken = {place.resolve() for job in jobs for place in (job.source, job.target)}
+        for job in jobs:
+            if job.comparison.resolve() in taken:
+                message = (
+                    f"{job.comparison}, before and after of {job.source}, would replace another "
+                    "picture; leave out --compare, or restore them apart"
+                )
+                raise PlanError(message)
+            taken.add(job.comparison.resolve())
     for job in jobs:
-        if settings.compare and job.comparison.resolve() in taken:
-            message = (
-                f"{job.comparison}, before and after of {job.source}, would replace another "
-                "picture; leave out --compare, or restore them apart"
-            )
-            raise PlanError(message)
-        taken.add(job.comparison.resolve())
         known = settings.resume and journal is not None and journal.of(job).get("state")
         for output in job.outputs(compare=settings.compare):
             if settings.overwrite or not output.exists():
@@ -321,10 +328,14 @@ def check(jobs: Sequence[Job], settings: Settings, journal: Journal | None) -> N
                 raise PlanError(message)
 
 
+def is_same(event: Mapping[str, Any], source_hash: str, key: str) -> bool:
+    """Say whether an event of a job was of this input and with these settings."""
+    return (event.get("input_sha256"), event.get("settings")) == (source_hash, key)
+
+
 def is_done(job: Job, event: Mapping[str, Any], source_hash: str, key: str) -> bool:
     """Say whether the latest event of a job is that it was done, from this input and as asked."""
-    same = (event.get("input_sha256"), event.get("settings")) == (source_hash, key)
-    return same and event["state"] == "done" and job.target.exists()
+    return is_same(event, source_hash, key) and event["state"] == "done" and job.target.exists()
 
 
 def left_to_do(
@@ -350,7 +361,8 @@ def restore_files(
     Parameters
     ----------
     jobs : sequence of Job
-        As `plan` returns them.
+        As `plan` returns them and `check` has passed them. What was not checked is not replaced
+        either, but fails when its turn comes.
     restorer : Restorer
     settings : Settings
     journal : Journal, optional
@@ -362,19 +374,13 @@ def restore_files(
     ------
     Outcome
         After each file.
-
-    Raises
-    ------
-    PlanError
-        Before the first file, if something would be replaced unasked.
     """
-    check(jobs, settings, journal)
     key = settings.key(restorer)
     for job in jobs:
         started = time.perf_counter()
         source_hash = digest(job.source)
         earlier = journal.of(job) if journal and settings.resume else {}
-        same = (earlier.get("input_sha256"), earlier.get("settings")) == (source_hash, key)
+        same = is_same(earlier, source_hash, key)
         if is_done(job, earlier, source_hash, key):
             yield Outcome(job, "skipped", "done before")
             continue
@@ -427,15 +433,21 @@ def restore_file(
     written = write_image(job.target, image, picture.metadata, overwrite=replace)
     notes += [f"{job.target}: {note}" for note in written]
     if settings.compare:
-        both = side_by_side(picture.array, image)
+        both = side_by_side(picture.array, image, done.record.value_range)
         written = write_image(job.comparison, both, overwrite=replace)
         notes += [f"{job.comparison}: {note}" for note in written]
     status = "restored" if done.steps else "unchanged"
     return Outcome(job, status, done.summary, tuple(notes)), done.record.as_dict()
 
 
-def side_by_side(before: NDArray[Any], after: NDArray[Any]) -> NDArray[Any]:
-    """Return before and after in one picture, with a white gap between."""
+def side_by_side(before: NDArray[Any], after: NDArray[Any], seen: ValueRange) -> NDArray[Any]:
+    """Return before and after in one picture, with a white gap between; floats as 0..1.
+
+    `seen` holds the values that count as black and white.
+    """
+    if after.dtype.kind == "f":
+        low, high = seen
+        before, after = ((each - low) / (high - low) for each in (before, after))
     white = 1.0 if after.dtype.kind == "f" else np.iinfo(after.dtype).max
     gap = np.full((after.shape[0], 8, *after.shape[2:]), white, after.dtype)
     return np.concatenate([before, gap, after], axis=1)

@@ -302,6 +302,19 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def beyond(known: Sequence[Degradation], found: Diagnosis) -> str | None:
+    """Return what to remark where the classifier found what the weights were not trained for.
+
+    Such an image is left as it is. What a user names must be known: the network says so.
+    """
+    kind = found.degradation
+    if found.told or found.verdict != "degraded" or kind is None or kind in known:
+        return None
+    return (
+        f"These weights were not trained for {kind.value!r}, which was found: it was left as it is."
+    )
+
+
 def vote(diagnoses: Sequence[Diagnosis]) -> Diagnosis:
     """Return one diagnosis for all images of a stack: the most frequent verdict.
 
@@ -566,7 +579,13 @@ class Restorer:
         diagnosis, diagnoses = judge(pixels, degradation, one_verdict, on_progress)
         course = Course(tiling, ensemble)
         verdicts = diagnoses or (diagnosis,) * len(pixels)
-        acting = [found.verdict == "degraded" and strength > 0 for found in verdicts]
+        remarks = [beyond(self.model.config.degradations, found) for found in verdicts]
+        acting = [
+            found.verdict == "degraded" and strength > 0 and not remark
+            for found, remark in zip(verdicts, remarks, strict=True)
+        ]
+        for remark in filter(None, remarks):
+            course.remark(remark)
         if any(acting) and weight is not None and not weight.any():
             acting = [False] * len(pixels)
             course.remark("The mask is empty, so nothing was restored.")
@@ -588,7 +607,7 @@ class Restorer:
                 progress = portion(on_progress, number, len(pixels), begun=measured)
                 share = blend(strength, weight, number, colours)
                 restored, taken, deviation = self.run_steps(colours, found, most, course, progress)
-                restored = untinted(restored, colours)
+                restored = untinted(restored, colours).to(colours.dtype)
                 put_colours(image[number], torch.lerp(colours, restored, share))
                 if spread is not None:
                     spread[number] = (share * deviation)[0, 0]
@@ -659,7 +678,8 @@ class Restorer:
 
             return with_contrast(given, contrast, attempt)
 
-        restored, steps = restore_by_steps(pixels, found, look, remove, most)
+        known = tuple(Degradation) if found.told else self.model.config.degradations
+        restored, steps = restore_by_steps(pixels, found, look, remove, most, known)
         for kind in begun[len(steps) :]:
             course.remark(f"Removing {kind.label} was undone: it seemed no less likely afterwards.")
         variance = torch.zeros_like(pixels[:, :1], dtype=torch.float32)

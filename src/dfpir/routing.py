@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dfpir.degradation import Degradation, Diagnosis
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import TypeAlias
 
     from torch import Tensor
@@ -20,12 +20,17 @@ MOST_STEPS = 3
 
 
 def restore_by_steps(
-    pixels: Tensor, found: Diagnosis, look: Look, remove: Remove, most: int
+    pixels: Tensor,
+    found: Diagnosis,
+    look: Look,
+    remove: Remove,
+    most: int,
+    known: Sequence[Degradation] = tuple(Degradation),
 ) -> tuple[Tensor, tuple[Degradation, ...]]:
     """Remove what is found, look again, and go on while something else is surely found.
 
     A step after which what it removed seems no less likely than before is undone, and ends it. No
-    kind is removed twice; noise of any level is one.
+    kind is removed twice; noise of any level is one. What is not `known` ends it too.
 
     Parameters
     ----------
@@ -38,6 +43,8 @@ def restore_by_steps(
         Returns an image without what its diagnosis, given beside it, has found.
     most : int
         Steps at the most. With one there is nothing to look for afterwards, and no step is undone.
+    known : sequence of Degradation
+        What can be removed.
 
     Returns
     -------
@@ -47,7 +54,7 @@ def restore_by_steps(
     """
     steps: list[Degradation] = []
     while (kind := found.degradation) and found.verdict == "degraded" and len(steps) < most:
-        if any(kind is step or (kind.sigma and step.sigma) for step in steps):
+        if kind not in known or any(kind is step or (kind.sigma and step.sigma) for step in steps):
             break
         restored = remove(pixels, found)
         if most > 1:

@@ -41,6 +41,7 @@ from dfpir.restorer import (
     AUTO,
     SAMPLED_WINDOWS,
     Restorer,
+    beyond,
     check_strength,
     choose_dtype,
     classify_images,
@@ -50,16 +51,10 @@ from dfpir.restorer import (
 )
 from dfpir.stacks import OnStep, Reporter, Selection, StackRestoration
 from dfpir.targets import Index, as_dask, needs, package_of, read_plane
-from dfpir.tiling import Tiling, windows
+from dfpir.tiling import OVERLAP, Tiling, windows
 
 BLOCK = 1024
 """Side of a block in pixels, without its surroundings."""
-
-OVERLAP = 64
-"""Pixels of surroundings that a block reads on each side; a multiple of the network's own 16.
-
-Of haze, whose specialist looks farthest, half of that would leave steps of five grey levels.
-"""
 
 WINDOW = 512
 """Side of the windows that attention, verdict and value range are taken from."""
@@ -302,12 +297,16 @@ def restore_lazily(
         seen = value_range or range_of(read, rgb=rgb)
         diagnosis = Diagnosis.from_user(told) if told else judge(read, seen, rgb=rgb)
         kind = diagnosis.degradation if diagnosis.verdict == "degraded" and strength > 0 else None
+        note = None
+        if kind and not told and weights:
+            note = beyond(weights_module.load_model(path).config.degradations, diagnosis)
+            kind = None if note else kind
         if kind is not None:
             coloured = has_colour(read, seen, rgb=rgb)
             recipe = Recipe(everywhere, digest, device, dtype, kind, strength, seen, rgb, coloured)
             for index in part.planes:
                 restored[index] = restored_plane(source[index], recipe, side)
-        note = caution(kind, rgb=rgb) if kind else None
+            note = caution(kind, rgb=rgb)
         diagnoses.append(diagnosis)
         records.append(
             RestorationRecord(

@@ -29,7 +29,15 @@ from numpy.typing import NDArray
 from dfpir.degradation import Degradation, Diagnosis, caution
 from dfpir.pixels import UPPER_PERCENTILE, PixelError, ValueRange, natural_range, to_pixels
 from dfpir.record import LinearitySums, RestorationRecord, describe, save_with_record
-from dfpir.restorer import AUTO, Restoration, Restorer, check_strength, shared_restorer, vote
+from dfpir.restorer import (
+    AUTO,
+    Restoration,
+    Restorer,
+    beyond,
+    check_strength,
+    shared_restorer,
+    vote,
+)
 from dfpir.targets import (
     ArrayLike,
     Index,
@@ -432,8 +440,9 @@ def restore_stack(
         RGB, and for grey from the smallest to the 99.99th percentile of all chosen planes.
     tiling : Tiling, optional
     output : str or Path, optional
-        Folder of a new zarr array for the result; without it, arrays that are not in memory get
-        one in the folder for temporary files, which lasts as long as the result.
+        Folder of a new zarr array for the result, all planes of it; it is not made where nothing
+        was done. Without it, arrays that are not in memory get one in the folder for temporary
+        files, which lasts as long as the result.
     on_step : callable, optional
         Called with each `Step`, in the thread that works; raising from it cancels and leaves
         nothing behind.
@@ -530,6 +539,8 @@ class StackWork:
     ) -> RestorationRecord:
         """Restore the planes of one channel into the pyramid and say what was done."""
         degradation = diagnosis.degradation
+        if remark := beyond(self.restorer.model.config.degradations, diagnosis):
+            return replace(self.record(part, seen, diagnosis), notes=(remark,))
         if diagnosis.verdict != "degraded" or degradation is None or self.strength == 0:
             return self.record(part, seen, diagnosis)
         if self.pyramid is None:
@@ -692,20 +703,20 @@ def preview(
         slice(side.start - outer.start, side.stop - outer.start)
         for side, outer in zip(box, (rows, columns), strict=True)
     )
-    if diagnosis.verdict != "degraded" or diagnosis.degradation is None:
-        strength, told = 0.0, Degradation.NOISE_15
-    else:
-        told = diagnosis.degradation
+    remark = beyond(restorer.model.config.degradations, diagnosis)
+    acting = diagnosis.verdict == "degraded" and remark is None
     restoring = reporter.part(0.3, 1)
     done = restorer.restore(
         plane[rows, columns],
-        told,
-        strength=strength,
+        diagnosis.degradation if acting and diagnosis.degradation else Degradation.NOISE_15,
+        strength=strength if acting else 0.0,
         value_range=seen,
         channel_axis=-1 if rgb else None,
         on_progress=lambda done, total: restoring.say("restoring the preview", done, total),
     )
-    return StackRestoration(np.asarray(done.image)[inner], (diagnosis,), (done.record,))
+    notes = (*done.record.notes, *([remark] if remark else []))
+    record = replace(done.record, diagnosis=describe(diagnosis), strength=strength, notes=notes)
+    return StackRestoration(np.asarray(done.image)[inner], (diagnosis,), (record,))
 
 
 def residual(before: Any, after: Any, *, rgb: bool = False) -> Any:

@@ -164,6 +164,10 @@ class ZarrTarget:
     def result(self) -> Any:
         """Return an array of the source's kind: the restored planes, the others as they are."""
         if self.output is not None:
+            # Whoever opens the folder later has no other source for them.
+            for index in np.ndindex(*self.source.shape[: self.leading]):
+                if index not in self.written:
+                    self.write(index, read_plane(self.source, index))
             self.folder.rename(self.output)
             self.array = needs("zarr").open_array(str(self.output), mode="r")
         else:

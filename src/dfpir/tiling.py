@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+OVERLAP = 64
+"""Pixels of surroundings that a part reads on each side; a multiple of the network's own 16.
+
+Of haze, whose specialist looks farthest, half of that would leave steps of five grey levels.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -15,16 +21,14 @@ class Tiling:
     size : int
         Side of the square that a tile restores, in pixels, without its surroundings.
     overlap : int
-        Pixels of surroundings that a tile sees on each side. The network's blocks look 3x3 far
-        each, at up to a sixteenth of the resolution; 64 pixels leave nothing to be seen at the
-        seams.
+        Pixels of surroundings that a tile sees on each side.
     statistics : {"whole", "sampled"}
         From which pixels the attention between channels is taken: all of them, which is exact, or
         a sample of windows, which is for what does not fit into memory otherwise.
     """
 
     size: int = 512
-    overlap: int = 64
+    overlap: int = OVERLAP
     statistics: Literal["whole", "sampled"] = "whole"
 
     def __post_init__(self) -> None:

@@ -204,7 +204,7 @@ class Verdicts:
         Of the inputs and targets of the public sets; of pictures degraded as listed in
         `SEVERITIES`; of clean pictures alone. Those there are cases of.
     sha256 : str
-        Of the classifier's file.
+        Of the classifier's file; empty for a classifier that was handed in.
     seed : int
     limit : int or None
         At most this many pictures of a set were taken, all if None.
@@ -340,7 +340,7 @@ def evaluate_verdicts(
             on_progress(done, total)
     return Verdicts(
         {group: Scores.of(judgements) for group, judgements in judged.items()},
-        weights.file_hash(path),
+        "" if classifier else weights.file_hash(path),
         seed,
         limit,
         datetime.now(UTC).isoformat(timespec="seconds"),

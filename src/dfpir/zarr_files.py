@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfpir.degradation import Degradation
-from dfpir.drafts import Draft, recover
+from dfpir.drafts import Draft, copy_folder, recover
 from dfpir.record import RestorationRecord, package_version
 from dfpir.restorer import AUTO
 from dfpir.slides import BLOCK, restore_lazily, side_of
@@ -269,7 +268,7 @@ def restore_zarr(
                 lay_out(source, draft.content, layout, levels, unit)
             write_levels(source, draft, layout, image, scheduler, writing)
         else:
-            shutil.copytree(source, draft.content)
+            copy_folder(source, draft.content)
         attributes = {RECORDS: [each.as_dict() for each in done.records], KEY: key}
         open_zarr(draft.content, "r+").attrs.update(attributes)
         consolidate_like(source, draft.content)
@@ -358,12 +357,7 @@ def lay_out(
     """
     zarr = needs("zarr")
     if layout.paths != ("",):
-        inside = {source / path for path in layout.paths}
-        shutil.copytree(
-            source,
-            folder,
-            ignore=lambda at, names: [name for name in names if Path(at) / name in inside],
-        )
+        copy_folder(source, folder, {source / path for path in layout.paths})
     cut: dict[str, Any] = {} if unit is None else {"chunks": unit, "shards": None}
     for level, path in zip(levels, layout.paths, strict=True):
         zarr.from_array(

@@ -270,6 +270,18 @@ def test_the_python_line_knows_the_region(qtbot, small, opened, monkeypatch, sco
     np.testing.assert_array_equal(layer.data, scope["done"].image)
 
 
+def test_the_python_line_knows_the_device(qtbot, small, opened, monkeypatch):
+    monkeypatch.setattr(_widget, "read_settings", lambda: Settings(device="cpu"))
+    monkeypatch.setattr(dfpir, "Restorer", lambda *, device: {"cpu": small}[device])
+    data = counts(2, 32, 40)
+    widget = opened(Image(data, name="cells"), degradation="noise-25", scope="stack")
+    widget.more.value = True
+    scope = {"viewer": SimpleNamespace(layers={"cells": Image(data)})}
+    exec(widget.python.value, scope)
+    expected = restore_stack(data, "noise-25", restorer=small)
+    np.testing.assert_array_equal(scope["done"].image, expected.image)
+
+
 def test_what_is_saved(qtbot, small, opened, tmp_path):
     tifffile = pytest.importorskip("tifffile")
     layer = Image(counts(3, 32, 40), scale=(0.5, 0.1, 0.1), units="um")
