@@ -227,7 +227,7 @@ def test_comparisons_take_nobodys_place(tree, tmp_path, capsys):
     assert (out / "a-compare.png").read_bytes() == b"somebody's" and not (out / "a.png").exists()
 
 
-def test_a_comparison_of_floats_shows_their_range(tmp_path):
+def test_a_comparison_of_floats_shows_their_range():
     ramp = np.linspace(100, 5000, 24 * 32, dtype=np.float32).reshape(24, 32)
     both = folders.side_by_side(ramp, ramp[::-1], (100.0, 5000.0))
     assert both.shape == (24, 72) and both.min() == 0 and both.max() == 1

@@ -302,15 +302,18 @@ def choose_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def beyond(known: Sequence[Degradation], found: Diagnosis) -> str | None:
-    """Return what to remark where the classifier found what the weights were not trained for.
+def to_remove(
+    found: Diagnosis, known: Sequence[Degradation], strength: float
+) -> tuple[Degradation | None, str | None]:
+    """Return what to remove from an image, if anything, and what to remark about it.
 
-    Such an image is left as it is. What a user names must be known: the network says so.
+    Where the classifier found what the weights were not trained for, the image is left as it is.
+    What a user names must be known: the network says so.
     """
-    kind = found.degradation
-    if found.told or found.verdict != "degraded" or kind is None or kind in known:
-        return None
-    return (
+    kind = found.degradation if found.verdict == "degraded" else None
+    if kind is None or found.told or kind in known:
+        return (kind if strength > 0 else None), None
+    return None, (
         f"These weights were not trained for {kind.value!r}, which was found: it was left as it is."
     )
 
@@ -579,13 +582,13 @@ class Restorer:
         diagnosis, diagnoses = judge(pixels, degradation, one_verdict, on_progress)
         course = Course(tiling, ensemble)
         verdicts = diagnoses or (diagnosis,) * len(pixels)
-        remarks = [beyond(self.model.config.degradations, found) for found in verdicts]
-        acting = [
-            found.verdict == "degraded" and strength > 0 and not remark
-            for found, remark in zip(verdicts, remarks, strict=True)
-        ]
-        for remark in filter(None, remarks):
-            course.remark(remark)
+        known = self.model.config.degradations
+        acting = []
+        for found in verdicts:
+            kind, remark = to_remove(found, known, strength)
+            acting.append(kind is not None)
+            if remark:
+                course.remark(remark)
         if any(acting) and weight is not None and not weight.any():
             acting = [False] * len(pixels)
             course.remark("The mask is empty, so nothing was restored.")

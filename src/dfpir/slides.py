@@ -41,12 +41,12 @@ from dfpir.restorer import (
     AUTO,
     SAMPLED_WINDOWS,
     Restorer,
-    beyond,
     check_strength,
     choose_dtype,
     classify_images,
     name_of,
     shared_restorer,
+    to_remove,
     vote,
 )
 from dfpir.stacks import OnStep, Reporter, Selection, StackRestoration
@@ -289,6 +289,9 @@ def restore_lazily(
     leading = len(selection.leading)
     side = block or side_of(*(each[0] for each in source.chunks[leading : leading + 2]))
     channels = selection.channels()
+    # Bundled weights know them all, and what is told is not asked about.
+    asked = weights is not None and told is None
+    known = weights_module.load_model(path).config.degradations if asked else tuple(Degradation)
     restored: dict[Index, Any] = {}
     diagnoses, records = [], []
     for number, part in enumerate(channels):
@@ -296,11 +299,7 @@ def restore_lazily(
         read = samples(source, part, share)
         seen = value_range or range_of(read, rgb=rgb)
         diagnosis = Diagnosis.from_user(told) if told else judge(read, seen, rgb=rgb)
-        kind = diagnosis.degradation if diagnosis.verdict == "degraded" and strength > 0 else None
-        note = None
-        if kind and not told and weights:
-            note = beyond(weights_module.load_model(path).config.degradations, diagnosis)
-            kind = None if note else kind
+        kind, note = to_remove(diagnosis, known, strength)
         if kind is not None:
             coloured = has_colour(read, seen, rgb=rgb)
             recipe = Recipe(everywhere, digest, device, dtype, kind, strength, seen, rgb, coloured)

@@ -33,9 +33,9 @@ from dfpir.restorer import (
     AUTO,
     Restoration,
     Restorer,
-    beyond,
     check_strength,
     shared_restorer,
+    to_remove,
     vote,
 )
 from dfpir.targets import (
@@ -538,11 +538,11 @@ class StackWork:
         self, part: Selection, seen: ValueRange, diagnosis: Diagnosis, reporter: Reporter
     ) -> RestorationRecord:
         """Restore the planes of one channel into the pyramid and say what was done."""
-        degradation = diagnosis.degradation
-        if remark := beyond(self.restorer.model.config.degradations, diagnosis):
-            return replace(self.record(part, seen, diagnosis), notes=(remark,))
-        if diagnosis.verdict != "degraded" or degradation is None or self.strength == 0:
-            return self.record(part, seen, diagnosis)
+        known = self.restorer.model.config.degradations
+        degradation, remark = to_remove(diagnosis, known, self.strength)
+        if degradation is None:
+            notes = (remark,) if remark else ()
+            return replace(self.record(part, seen, diagnosis), notes=notes)
         if self.pyramid is None:
             self.pyramid = Pyramid(self.levels, len(part.leading), self.output)
         sums = LinearitySums()
@@ -703,13 +703,12 @@ def preview(
         slice(side.start - outer.start, side.stop - outer.start)
         for side, outer in zip(box, (rows, columns), strict=True)
     )
-    remark = beyond(restorer.model.config.degradations, diagnosis)
-    acting = diagnosis.verdict == "degraded" and remark is None
+    kind, remark = to_remove(diagnosis, restorer.model.config.degradations, strength)
     restoring = reporter.part(0.3, 1)
     done = restorer.restore(
         plane[rows, columns],
-        diagnosis.degradation if acting and diagnosis.degradation else Degradation.NOISE_15,
-        strength=strength if acting else 0.0,
+        kind or Degradation.NOISE_15,
+        strength=strength if kind else 0.0,
         value_range=seen,
         channel_axis=-1 if rgb else None,
         on_progress=lambda done, total: restoring.say("restoring the preview", done, total),
