@@ -1,5 +1,7 @@
 """The degradations do what they are named after, and repeat."""
 
+import math
+
 import pytest
 import torch
 
@@ -159,15 +161,44 @@ def test_depth_is_that_of_a_scene(sharp):
     assert 0.5 < float((lower < upper).float().mean()) < 0.95
 
 
-def test_haze_thickens_with_depth(sharp, monkeypatch):
+def test_haze_thickens_with_depth(sharp):
     ramp = torch.linspace(0.05, 1, sharp.shape[-1]).expand(2, 1, *sharp.shape[2:])
-    monkeypatch.setattr(synthesis, "scene_depth", lambda *_: ramp)
-    hazy = synthesis.haze(sharp, seeded(2))
+    hazy = synthesis.haze(sharp, seeded(2), depth=ramp)
     kept = (hazy - hazy.mean(2, True)).abs().mean((1, 2)) / (
         (sharp - sharp.mean(2, True)).abs().mean((1, 2)) + 1e-3
     )
     near, far = kept[:, :40].mean(dim=1), kept[:, -40:].mean(dim=1)
     assert (near > 1.2 * far).all()
+
+
+def test_light_from_near_by_falls_off_in_three_of_five():
+    ramp = torch.linspace(0.2, 0.9, 8).expand(500, 1, 2, 8)
+    lit = synthesis.lit_from_near(torch.full((500, 3, 2, 8), 0.8), ramp, seeded())
+    torch.testing.assert_close(lit[..., 0], torch.full((500, 3, 2), 0.8))
+    assert (lit[..., 1:] <= lit[..., :-1] + 1e-6).all()
+    left = (lit[..., -1] == lit[..., 0]).all(dim=2).all(dim=1)
+    assert float(left.float().mean()) == pytest.approx(0.4, abs=0.06)
+    least = 0.8 * math.exp(-1.5 * 0.7)
+    assert least <= float(lit.amin()) < 1.1 * least
+
+
+def test_hazy_scenes_are_as_dark_far_away_as_their_targets(sharp, monkeypatch):
+    depths = []
+
+    def remembered(*given, depth=None, **named):
+        depths.append(depth)
+        return synthesis.quantised(given[0])
+
+    monkeypatch.setattr(synthesis, "haze", remembered)
+    pixels = sharp[:1].expand(12, -1, -1, -1)
+    _, targets, _, _ = synthesis.training_pairs(pixels, [Degradation.HAZE] * 12, seeded())
+    fallen = (targets / synthesis.full_contrast(pixels).clamp(min=0.02)).mean(dim=1)
+    [depth] = depths
+    far = depth[:, 0] > depth.flatten(1).quantile(0.8, dim=1)[:, None, None]
+    near = depth[:, 0] < depth.flatten(1).quantile(0.2, dim=1)[:, None, None]
+    scenes = zip(fallen, far, near, strict=True)
+    darker = sum(float(each[a].mean()) < float(each[b].mean()) for each, a, b in scenes)
+    assert darker >= 6
 
 
 def test_noise_pairs_are_half_raw(sharp):
@@ -236,7 +267,8 @@ def test_a_third_are_blended_with_the_one_before():
     assert float(weight[changed].min()) >= 0.3 and float(weight[changed].max()) <= 0.5
 
 
-def test_training_pairs_name_what_they_did(sharp):
+def test_training_pairs_name_what_they_did(sharp, monkeypatch):
+    monkeypatch.setattr(synthesis, "lit_from_near", lambda pixels, *_, **__: pixels)
     pixels = sharp[:1, :, :48, :48].expand(9, -1, -1, -1)
     kinds = [None, *Degradation, None]
     inputs, targets, indices, sigmas = synthesis.training_pairs(pixels, kinds, seeded())
