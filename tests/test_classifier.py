@@ -19,7 +19,6 @@ from dfpir.checkpoint import CheckpointError
 from dfpir.classifier import (
     FEATURES,
     KINDS,
-    NOISE_LEVELS,
     ClassifierConfig,
     DegradationClassifier,
     classify,
@@ -35,7 +34,7 @@ from dfpir.classifier import (
     shares,
     tones,
 )
-from dfpir.degradation import CLEAN, Degradation
+from dfpir.degradation import CLEAN, NOISES, Degradation
 from dfpir.synthesis import degrade, gaussian_noise, quantised
 
 BUNDLED = Path(module.__file__).parent / "assets/classifier.safetensors"
@@ -212,7 +211,7 @@ def test_the_verdict_follows_from_the_probabilities(weights, sigma):
     else:
         assert found.confidence >= module.DECISION - 1e-9
         assert (found.degradation is None) == (found.verdict == CLEAN)
-    assert (found.sigma is not None) == (found.degradation in NOISE_LEVELS)
+    assert (found.sigma is not None) == (found.degradation in NOISES)
 
 
 @given(st.integers(1, 1000), st.integers(1, 1000))

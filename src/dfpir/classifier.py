@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfpir.checkpoint import CheckpointError, mismatches, read_tensors, write_tensors
-from dfpir.degradation import CLEAN, Degradation, Diagnosis, Verdict
+from dfpir.degradation import CLEAN, NOISES, Degradation, Diagnosis, Verdict
 from dfpir.model import DFPIRConfig, Encoder
 from dfpir.tiling import spread, windows
 
@@ -30,8 +30,7 @@ FORMAT = "dfpir-classifier-3"
 """Value of ``format`` in the metadata of classifier files."""
 
 NOISE = "noise"
-NOISE_LEVELS = tuple(member for member in Degradation if member.sigma is not None)
-KINDS = (NOISE, *(member.value for member in Degradation if member.sigma is None), CLEAN)
+KINDS = (NOISE, *(member.value for member in Degradation if member not in NOISES), CLEAN)
 """What the network tells apart, in the order of its logits; noise of any strength is one kind."""
 
 CROP = 128
@@ -370,13 +369,13 @@ def shares(sigma: float) -> dict[Degradation, float]:
 
     The largest share belongs to `Degradation.nearest_noise(sigma)`.
     """
-    distances = [math.log(sigma / (level.sigma or 1.0)) / NOISE_SPREAD for level in NOISE_LEVELS]
+    distances = [math.log(sigma / level) / NOISE_SPREAD for level in NOISES.values()]
     nearest = min(map(abs, distances))
     closeness = [math.exp(0.5 * (nearest**2 - distance**2)) for distance in distances]
     # Half-way between two prompts rounding must not decide otherwise than `nearest_noise`.
-    closeness[NOISE_LEVELS.index(Degradation.nearest_noise(sigma))] += 1e-6
+    closeness[list(NOISES).index(Degradation.nearest_noise(sigma))] += 1e-6
     total = sum(closeness)
-    return {level: each / total for level, each in zip(NOISE_LEVELS, closeness, strict=True)}
+    return {level: each / total for level, each in zip(NOISES, closeness, strict=True)}
 
 
 def diagnosis(kinds: Mapping[str, float], sigma: float) -> Diagnosis:
@@ -392,20 +391,20 @@ def diagnosis(kinds: Mapping[str, float], sigma: float) -> Diagnosis:
     if verdict != "clean":
         noisy = suspect == NOISE
         degradation = Degradation.nearest_noise(sigma) if noisy else Degradation.from_name(suspect)
-    estimate = sigma if degradation in NOISE_LEVELS else None
+    estimate = sigma if degradation in NOISES else None
     return Diagnosis(verdict, degradation, {**dealt, **others}, estimate)
 
 
 def kind_of(degradation: Degradation) -> str:
     """Return the one of `KINDS` that a degradation belongs to."""
-    return NOISE if degradation in NOISE_LEVELS else degradation.value
+    return NOISE if degradation in NOISES else degradation.value
 
 
 def kinds_of(diagnosis: Diagnosis) -> dict[str, float]:
     """Return the probabilities of `KINDS`, in this order, from those of a diagnosis."""
     dealt = diagnosis.probabilities
     kinds = {kind: dealt.get(kind, 0.0) for kind in KINDS}
-    kinds[NOISE] = sum(dealt.get(level.value, 0.0) for level in NOISE_LEVELS)
+    kinds[NOISE] = sum(dealt.get(level.value, 0.0) for level in NOISES)
     return kinds
 
 

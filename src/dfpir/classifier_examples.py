@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from dfpir.classifier import KINDS, NOISE
-from dfpir.degradation import CLEAN, Degradation
+from dfpir.degradation import CLEAN, NOISES, Degradation
 from dfpir.pixels import is_grey
 from dfpir.synthesis import (
     LEVELS,
@@ -269,8 +269,9 @@ def add_noise(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     two fifths is a camera's raw counts: dimmed, on a pedestal, neither clipped nor quantised.
     """
     count = len(pixels)
-    prompts = torch.tensor([15.0, 25.0, 50.0])
-    exact = prompts[torch.randint(3, (count,), generator=generator)].reshape(-1, 1, 1, 1)
+    prompts = torch.tensor(list(NOISES.values()))
+    drawn = torch.randint(len(NOISES), (count,), generator=generator)
+    exact = prompts[drawn].reshape(-1, 1, 1, 1)
     sigma = log_uniform(count, 3, STRONGEST, generator)
     sigma = torch.where(uniform(count, 0, 1, generator) < 0.25, exact, sigma)
     raw = uniform(count, 0, 1, generator) < 0.4

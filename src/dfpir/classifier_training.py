@@ -47,7 +47,7 @@ from dfpir.classifier_examples import (
     validation_set,
     whole,
 )
-from dfpir.degradation import CLEAN, Degradation
+from dfpir.degradation import CLEAN, NOISES, Degradation
 from dfpir.model import DFPIR
 from dfpir.synthesis import degrade
 from dfpir.training import Pictures, part_generator
@@ -230,7 +230,7 @@ def validate(model: DegradationClassifier, cases: list[Case]) -> dict[str, objec
         if kind == NOISE:
             estimate = math.exp(float(judge(model, pixels)[1]))
             errors.append(abs(estimate / sigma - 1))
-            if sigma in (15.0, 25.0, 50.0):
+            if sigma in NOISES.values():
                 prompts.append(Degradation.nearest_noise(estimate).sigma == sigma)
     recall = {kind: row[kind] / max(sum(row.values()), 1) for kind, row in confusion.items()}
     return {

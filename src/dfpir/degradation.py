@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -93,11 +95,16 @@ class Degradation(Enum):
     def nearest_noise(cls, sigma: float) -> Degradation:
         """Return the noise prompt for a standard deviation of `sigma` grey levels of 0..255.
 
-        Nearness is judged on a logarithmic scale, on which 15, 25 and 50 are about evenly apart.
+        Nearness is judged on a logarithmic scale, on which the prompts are about evenly apart.
         """
-        if sigma < (15.0 * 25.0) ** 0.5:
-            return cls.NOISE_15
-        return cls.NOISE_25 if sigma < (25.0 * 50.0) ** 0.5 else cls.NOISE_50
+        return tuple(NOISES)[bisect.bisect_right(NOISE_BORDERS, sigma)]
+
+
+NOISES = {kind: kind.sigma for kind in Degradation if kind.sigma is not None}
+"""The prompts of noise, weakest first, with their sigmas."""
+
+NOISE_BORDERS = tuple((low * high) ** 0.5 for low, high in itertools.pairwise(NOISES.values()))
+"""Sigmas from which on the next prompt is nearer, on a logarithmic scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +165,7 @@ class Diagnosis:
             return self.probabilities.get(CLEAN, 0.0)
         if degradation.sigma is None:
             return self.probabilities.get(degradation.value, 0.0)
-        return sum(
-            self.probabilities.get(member.value, 0.0)
-            for member in Degradation
-            if member.sigma is not None
-        )
+        return sum(self.probabilities.get(member.value, 0.0) for member in NOISES)
 
 
 INVENTING = frozenset({Degradation.RAIN, Degradation.HAZE, Degradation.LOW_LIGHT})

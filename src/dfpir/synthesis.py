@@ -9,7 +9,6 @@ a training there from waiting.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,7 +19,7 @@ from kornia.filters import filter2d, gaussian_blur2d
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from dfpir.degradation import Degradation
+from dfpir.degradation import NOISE_BORDERS, NOISES, Degradation
 from dfpir.pixels import is_grey
 
 LEVELS = 255.0
@@ -396,8 +395,8 @@ def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, T
     turned = (rand(count, 1, 1, 1, generator=generator) < 1 / 6).to(pixels.device)
     pixels = torch.where(turned, pixels.mean(dim=1, keepdim=True), pixels)
     device = generator.device
-    prompts = torch.tensor([15.0, 25.0, 50.0], device=device)
-    drawn = torch.randint(3, (count,), generator=generator, device=device)
+    prompts = torch.tensor(list(NOISES.values()), device=device)
+    drawn = torch.randint(len(NOISES), (count,), generator=generator, device=device)
     exact = prompts[drawn].reshape(-1, 1, 1, 1)
     spread = log_uniform(count, 3, 75, generator)
     strong = uniform(count, 50, 80, generator)
@@ -432,10 +431,9 @@ def shot_noise(pixels: Tensor, sigma: Tensor, generator: Generator) -> Tensor:
 
 def nearest_noise(sigmas: Tensor) -> Tensor:
     """Return the index of the prompt that `Degradation.nearest_noise` gives for each sigma (N,)."""
-    prompts = [(kind.index, kind.sigma) for kind in Degradation if kind.sigma is not None]
-    borders = [(low * high) ** 0.5 for (_, low), (_, high) in itertools.pairwise(prompts)]
-    place = torch.bucketize(sigmas, torch.tensor(borders, device=sigmas.device), right=True)
-    return torch.tensor([index for index, _ in prompts], device=sigmas.device)[place]
+    borders = torch.tensor(NOISE_BORDERS, device=sigmas.device)
+    place = torch.bucketize(sigmas, borders, right=True)
+    return torch.tensor([kind.index for kind in NOISES], device=sigmas.device)[place]
 
 
 def varied(

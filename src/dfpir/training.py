@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from dfpir import checkpoint
 from dfpir.classifier import NOISE
-from dfpir.degradation import Degradation
+from dfpir.degradation import NOISES, Degradation
 from dfpir.files import find_images, read_image
 from dfpir.model import DFPIR, LEVELS, PERTURBED, DFPIRConfig
 from dfpir.muon import Muon, is_matrix
@@ -136,7 +136,7 @@ class TrainingSettings:
             others = tuple(each for each in Degradation if each.value not in self.specialised)
             return others or tuple(Degradation)
         kind = SPECIALTIES[self.specialist]
-        return (kind,) if kind else tuple(each for each in Degradation if each.sigma is not None)
+        return (kind,) if kind else tuple(NOISES)
 
 
 def name_hash(path: Path) -> str:

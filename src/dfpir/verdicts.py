@@ -17,14 +17,13 @@ from dfpir import weights
 from dfpir.classifier import (
     KINDS,
     NOISE,
-    NOISE_LEVELS,
     DegradationClassifier,
     classify,
     kind_of,
     kinds_of,
     load_classifier,
 )
-from dfpir.degradation import CLEAN, Degradation, Diagnosis
+from dfpir.degradation import CLEAN, NOISES, Degradation, Diagnosis
 from dfpir.evaluation import (
     ImageSet,
     Picture,
@@ -360,7 +359,7 @@ def cases(
 
 def noise_of(image_set: ImageSet) -> tuple[float, ...]:
     """Return the levels of noise that the network can be told of, of those a set gets."""
-    prompts = {level.sigma for level in NOISE_LEVELS}
+    prompts = set(NOISES.values())
     return tuple(sigma for sigma in image_set.noise if sigma in prompts)
 
 
