@@ -1,11 +1,13 @@
 """Short trainings of equal length, by which a recipe is chosen.
 
     python tests/recipes_measured.py DATA [--seconds 300] [--only NAME ...] [--json FILE]
+                                     [--fill FILE]
 
 Each recipe starts from the same seed and trains for so many seconds of one processor core, two of
 them side by side; what is slow has fewer steps. DATA is a folder as `dfpir train --data` takes it.
 Printed is the PSNR of the averaged weights on the validation pictures, by task and in the mean,
-which `--json` writes too. So short a training tells which recipes learn fast, and no more.
+which `--json` writes too; `--fill` puts the table into a page, between the marks of "recipes". So
+short a training tells which recipes learn fast, and no more.
 """
 
 # ruff: noqa: T201 - a script; printing is what it is for
@@ -23,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dfpir import training
+from dfpir import markdown, training
 from dfpir.model import DFPIRConfig, _Definition
 from dfpir.training import Pictures, Trainer, TrainingSettings, draw_part, validate
 
@@ -166,12 +168,44 @@ def train(name, data, seconds):
     }
 
 
+TASKS = {
+    "noise": ("noise-15", "noise-25", "noise-50"),
+    "rain": ("rain",),
+    "haze": ("haze",),
+    "blur": ("blur",),
+    "low light": ("low-light",),
+    "micrographs": tuple(f"noise-{sigma}, micrographs" for sigma in (15, 25, 50)),
+}
+"""Columns of the table, and of which scores each is the mean."""
+
+
 def line(found):
     """Return a row of the table."""
-    psnr = "  ".join(f"{value:5.2f}" for value in found["psnr"].values())
-    return (
-        f"{found['name']:26} {found['mean']:6.3f}  {found['megapixels']:6.1f} MP  "
-        f"{found['values'] / 1e6:4.1f} M  {psnr}"
+    scores = [sum(found["psnr"][kind] for kind in kinds) / len(kinds) for kinds in TASKS.values()]
+    cells = [
+        found["name"],
+        str(found["settings"]["seed"]),
+        f"{found['values'] / 1e6:.1f}",
+        str(found["steps"]),
+        f"{found['megapixels']:.1f}",
+        *(f"{score:.2f}" for score in scores),
+        f"{found['mean']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(runs):
+    """Return all rows, the best first."""
+    titles = ["recipe", "seed", "values, million", "steps", "megapixels", *TASKS, "mean"]
+    rows = sorted(runs, key=lambda found: -found["mean"])
+    return "\n".join(
+        [
+            f"| {' | '.join(titles)} |",
+            f"| --- |{' ---: |' * (len(titles) - 1)}",
+            *map(line, rows),
+            "",
+            f"PSNR in dB on the validation pictures; {rows[0]['seconds']:.0f} s of a core each.",
+        ]
     )
 
 
@@ -183,6 +217,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--only", nargs="+", choices=list(RECIPES), metavar="NAME")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--fill", type=Path)
     options = parser.parse_args()
     runs = []
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
@@ -194,6 +229,8 @@ def main():
             if options.json:
                 facts = {"torch": torch.__version__, "settings": asdict(SETTINGS), "runs": runs}
                 options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    if options.fill:
+        markdown.fill(options.fill, "recipes", table(runs))
 
 
 if __name__ == "__main__":
