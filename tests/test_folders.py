@@ -147,7 +147,8 @@ def test_failures_are_remembered_and_retried_on_demand(tree, tmp_path, restorer)
     assert statuses(restore(jobs, restorer, output)) == ["restored", "failed", "restored"]
     remembered = restore(jobs, restorer, output, resume=True)
     assert statuses(remembered) == ["skipped", "failed", "skipped"]
-    assert "b.png" in remembered[1].text and remembered[1].seconds == 0
+    assert "b.png" in remembered[1].text and "--retry-failed" in remembered[1].text
+    assert remembered[1].seconds == 0
     assert "b.png" not in contents(output)
     options = {"resume": True, "retry_failed": True}
     assert restore(jobs, restorer, output, **options)[1].seconds > 0

@@ -311,6 +311,9 @@ def test_what_cannot_be_restored_is_refused_in_one_line(tiny_weights, tmp_path):
     odd = write_ome(tmp_path / "odd.zarr", [grey(96, 96), grey(64, 64)], "yx")
     with pytest.raises(ValueError, match=r"level of \(64, 64\) lies below one of \(96, 96\)"):
         restore_zarr(odd, tmp_path / "out.zarr", "rain", weights=tiny_weights)
+    zarr.create_array(str(tmp_path / "complex.zarr"), shape=(8, 8), dtype="complex64")
+    with pytest.raises(ValueError, match="values of type complex64; expected integers or floats"):
+        restore_zarr(tmp_path / "complex.zarr", tmp_path / "out.zarr")
     (tmp_path / "empty.zarr").mkdir()
     with pytest.raises(ValueError, match="not a zarr array"):
         restore_zarr(tmp_path / "empty.zarr", tmp_path / "out.zarr")

@@ -139,7 +139,9 @@ def add_restore(commands: Commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
     add_recursive(parser)
     parser.add_argument(
-        "--resume", action="store_true", help="leave out what an earlier run has done into OUT"
+        "--resume",
+        action="store_true",
+        help="leave out what an earlier run into OUT has done or failed at",
     )
     parser.add_argument(
         "--retry-failed", action="store_true", help="resume, and try again what has failed"
@@ -531,6 +533,7 @@ def run_weights_list(options: argparse.Namespace) -> int:
             say("    It belongs to dfpir and is missing: install dfpir again.")
         elif here == "absent":
             say(f"    Get it by hand from {entry.page}, then: {entry.facts['command']}")
+            say("    It is found by this name in the folder that DFPIR_WEIGHTS names.")
     say("* used by default")
     return 0
 

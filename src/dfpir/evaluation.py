@@ -702,7 +702,7 @@ def restore_whole(
     restored : ndarray of float32, of the same shape
         Clipped to 0..1.
     found : Degradation or None
-        What was removed, first of all; None where nothing was.
+        What was surely found, or told; None where nothing was.
     """
     pixels, _ = to_pixels(given)
     done = restorer.restore_pixels(pixels, degradation, most_steps=most_steps)

@@ -385,7 +385,8 @@ def restore_files(
             yield Outcome(job, "skipped", "done before")
             continue
         if same and earlier["state"] == "failed" and not settings.retry_failed:
-            yield Outcome(job, "failed", str(earlier.get("reason", "failed before")))
+            reason = str(earlier.get("reason", "It failed before."))
+            yield Outcome(job, "failed", f"{reason} (Not tried again: see --retry-failed.)")
             continue
         # What an earlier run has begun here is ours to replace, what it finished otherwise is not.
         replace = settings.overwrite or same or earlier.get("state") in ("begun", "failed")

@@ -437,7 +437,8 @@ def restore_stack(
         by the network: a region is a picture of its own.
     value_range : tuple of float, optional
         Values that count as black and white; by default 0..255 for uint8, all of the dtype for
-        RGB, and for grey from the smallest to the 99.99th percentile of all chosen planes.
+        RGB (0..1 for floats), and for grey from the smallest to the 99.99th percentile of all
+        chosen planes.
     tiling : Tiling, optional
     output : str or Path, optional
         Folder of a new zarr array for the result, all planes of it; it is not made where nothing

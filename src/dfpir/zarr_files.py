@@ -122,10 +122,11 @@ def layout_of(path: Path) -> Layout:
     Raises
     ------
     ValueError
-        If it is a group that is no OME-Zarr picture.
+        If it is a group that is no OME-Zarr picture, or does not hold numbers.
     """
     opened = open_zarr(path)
     if hasattr(opened, "chunks"):
+        check_numbers(path, opened.dtype)
         colours = opened.ndim - 1 if opened.ndim > 2 and opened.shape[-1] in COLOURS else None
         return Layout(("",), colours, None)
     attributes = dict(opened.attrs)
@@ -143,6 +144,8 @@ def layout_of(path: Path) -> Layout:
             "the array inside it to a .zarr of its own."
         )
         raise ValueError(message)
+    for level in levels:
+        check_numbers(path, level.dtype)
     for finer, coarser in itertools.pairwise(levels):
         check_factors(path, finer.shape, coarser.shape)
     channels = axes.index("c") if "c" in axes else None
@@ -150,6 +153,19 @@ def layout_of(path: Path) -> Layout:
     if channels is not None and finest.dtype == np.uint8 and finest.shape[channels] in COLOURS:
         return Layout(paths, channels, None)
     return Layout(paths, None, channels)
+
+
+def check_numbers(path: Path, dtype: np.dtype[Any]) -> None:
+    """Make sure that an array holds numbers: objects would be unpickled when they are read.
+
+    Raises
+    ------
+    ValueError
+        If it does not.
+    """
+    if dtype.kind not in "buif":
+        message = f"{path}: values of type {dtype}; expected integers or floats, as pictures have."
+        raise ValueError(message)
 
 
 def check_factors(path: Path, finer: Sequence[int], coarser: Sequence[int]) -> None:
