@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dfpir import markdown, training
+from dfpir.degradation import NOISES
 from dfpir.model import DFPIRConfig, _Definition
 from dfpir.training import Pictures, Trainer, TrainingSettings, draw_part, validate
 
@@ -169,12 +170,12 @@ def train(name, data, seconds):
 
 
 TASKS = {
-    "noise": ("noise-15", "noise-25", "noise-50"),
+    "noise": tuple(kind.value for kind in NOISES),
     "rain": ("rain",),
     "haze": ("haze",),
     "blur": ("blur",),
     "low light": ("low-light",),
-    "micrographs": tuple(f"noise-{sigma}, micrographs" for sigma in (15, 25, 50)),
+    "micrographs": tuple(f"{kind.value}, micrographs" for kind in NOISES),
 }
 """Columns of the table, and of which scores each is the mean."""
 

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from dfpir.classifier import KINDS, NOISE
-from dfpir.degradation import CLEAN, NOISES, Degradation
+from dfpir.degradation import CLEAN, Degradation
 from dfpir.pixels import is_grey
 from dfpir.synthesis import (
     LEVELS,
@@ -29,6 +29,7 @@ from dfpir.synthesis import (
     gaussian_noise,
     log_uniform,
     normal_like,
+    prompted,
     quantised,
     smooth_field,
     uniform,
@@ -269,9 +270,7 @@ def add_noise(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     two fifths is a camera's raw counts: dimmed, on a pedestal, neither clipped nor quantised.
     """
     count = len(pixels)
-    prompts = torch.tensor(list(NOISES.values()))
-    drawn = torch.randint(len(NOISES), (count,), generator=generator)
-    exact = prompts[drawn].reshape(-1, 1, 1, 1)
+    exact = prompted(count, generator)
     sigma = log_uniform(count, 3, STRONGEST, generator)
     sigma = torch.where(uniform(count, 0, 1, generator) < 0.25, exact, sigma)
     raw = uniform(count, 0, 1, generator) < 0.4

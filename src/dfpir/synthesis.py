@@ -44,6 +44,13 @@ def log_uniform(count: int, low: float, high: float, generator: Generator) -> Te
     return uniform(count, math.log(low), math.log(high), generator).exp()
 
 
+def prompted(count: int, generator: Generator) -> Tensor:
+    """Return the sigmas (count, 1, 1, 1) of noise prompts, each as likely as the others."""
+    device = generator.device
+    drawn = torch.randint(len(NOISES), (count,), generator=generator, device=device)
+    return torch.tensor(list(NOISES.values()), device=device)[drawn].reshape(-1, 1, 1, 1)
+
+
 def given_or(value: float | None, drawn: Tensor) -> Tensor:
     """Return what was drawn, or `value` for every image if it is given.
 
@@ -394,10 +401,7 @@ def noise_pairs(pixels: Tensor, generator: Generator) -> tuple[Tensor, Tensor, T
     count = len(pixels)
     turned = (rand(count, 1, 1, 1, generator=generator) < 1 / 6).to(pixels.device)
     pixels = torch.where(turned, pixels.mean(dim=1, keepdim=True), pixels)
-    device = generator.device
-    prompts = torch.tensor(list(NOISES.values()), device=device)
-    drawn = torch.randint(len(NOISES), (count,), generator=generator, device=device)
-    exact = prompts[drawn].reshape(-1, 1, 1, 1)
+    exact = prompted(count, generator)
     spread = log_uniform(count, 3, 75, generator)
     strong = uniform(count, 50, 80, generator)
     draw = rand(count, 1, 1, 1, generator=generator)
