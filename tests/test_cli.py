@@ -149,6 +149,7 @@ def test_usage_errors_take_one_line(arguments, capsys):
                 "--levels": "1",
             }.items()
         ),
+        ["train", "--data", ".", "-o", "a.safetensors", "--resume", "--overwrite"],
         ["train", "--data", ".", "-o", "a.safetensors", "--learning-rate", "0"],
         ["train", "--data", ".", "-o", "a.safetensors", "--learning-rate", "inf"],
     ],

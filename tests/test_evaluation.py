@@ -274,6 +274,8 @@ def test_untold_acts_as_the_classifier_says(pictures):
     table = [line for line in sure.markdown().splitlines() if line.startswith("|")]
     assert "restored, untold" in table[0] and len({line.count("|") for line in table}) == 1
     assert evaluate(pictures, restorer=FakeRestorer()).rows[0].blind is None
+    with pytest.raises(ValueError, match="most_steps is 4; expected 1 to 3"):
+        evaluate(pictures, restorer=FakeRestorer(), blind=4)
 
 
 @pytest.mark.parametrize(

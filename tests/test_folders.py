@@ -194,10 +194,11 @@ def test_the_report_lists_every_file(tree, tmp_path, capsys):
 
 def test_a_dry_run_writes_nothing(tree, tmp_path, capsys):
     (tree / "b.png").write_bytes(b"damaged")
-    assert run("restore", tree, "-o", tmp_path / "out", "--dry-run") == 1
+    assert run("restore", tree, "-o", tmp_path / "out", "--dry-run", "--device", "cpu") == 1
     assert not (tmp_path / "out").exists()
     captured = capsys.readouterr()
     assert "2 pictures, 0.0 megapixels" in captured.out and "Nothing was written" in captured.out
+    assert "in strips" not in captured.out  # of graphics cards only
     assert captured.err.count("would fail") == 1
 
 
@@ -248,9 +249,15 @@ def test_a_refused_run_leaves_the_report_of_another(tree, tmp_path, capsys):
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_resuming_needs_a_folder(tree, tmp_path, capsys):
-    assert run("restore", tree / "a.png", "-o", tmp_path / "out.png", "--resume") == 2
-    assert "--resume needs an output folder" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["--resume", "--retry-failed"])
+def test_resuming_needs_a_folder(tree, tmp_path, capsys, option):
+    assert run("restore", tree / "a.png", "-o", tmp_path / "out.png", option) == 2
+    assert f"{option} needs an output folder" in capsys.readouterr().err
+
+
+def test_pictures_have_no_blocks(tree, tmp_path, capsys):
+    assert run("restore", tree / "a.png", "-o", tmp_path / "out.png", "--block", "64") == 2
+    assert "--block is for a .zarr" in capsys.readouterr().err
 
 
 def test_kill_at_any_moment_then_resume(tree, tmp_path, restorer, thorough):

@@ -360,3 +360,28 @@ def test_a_specialist_needs_a_network_and_a_specialty(tmp_path):
     with pytest.raises(ValueError, match="1 to 4 levels; found 5"):
         training.train(tmp_path, output, start="x", specialist="rain", levels=5)
     assert cli.main(["train", "--data", str(tmp_path), "-o", str(output), "--levels", "1"]) == 2
+
+
+@pytest.mark.parametrize(("chosen", "levels"), [({}, 3), ({"levels": 1}, 1)])
+def test_a_specialist_keeps_its_levels_unless_told_otherwise(
+    pictures, tmp_path, monkeypatch, chosen, levels
+):
+    run = trainer(pictures, tmp_path, specialist="rain", levels=3)
+    run.start_from(random_model(SMALL_COMPACT, seed=1))
+    start = tmp_path / "start.safetensors"
+    checkpoint.save(run.result(), start)
+    for preset in ("compact", "specialist"):
+        monkeypatch.setattr(training.DFPIRConfig, preset, classmethod(lambda cls: SMALL_COMPACT))
+    monkeypatch.setattr(training.Pictures, "load", classmethod(lambda cls, data: pictures))
+    facts = training.train(
+        tmp_path,
+        tmp_path / "more.safetensors",
+        start=start,
+        specialist="rain",
+        patches=4,
+        batch=4,
+        patch=32,
+        device="cpu",
+        **chosen,
+    )
+    assert facts["settings"]["levels"] == levels

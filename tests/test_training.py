@@ -323,6 +323,13 @@ def test_the_whole_command(tmp_path, monkeypatch, pictures):
         tmp_path, output, patches=12, batch=4, patch=32, device="cpu", resume=True
     )
     assert more["patches"] == 12
+    trained = output.read_bytes()
+    for kept in (output, output.with_suffix(".state")):
+        with pytest.raises(ValueError, match=rf"{kept.name} exists\. .*--resume.*--overwrite"):
+            training.train(tmp_path, output, patches=4, batch=4, patch=32, device="cpu")
+        kept.rename(tmp_path / kept.name)
+    (tmp_path / output.name).rename(output)
+    assert output.read_bytes() == trained
     begun = training.train(
         tmp_path,
         tmp_path / "b.safetensors",

@@ -338,6 +338,8 @@ def test_the_command_line_restores_one_zarr(tiny_weights, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
     assert cli.main([*line, "--overwrite"]) == 0
     assert cli.main([*line, "--resume"]) == 0
+    assert cli.main([*line, "--block", "40", "--overwrite"]) == 1
+    assert "expected a multiple of 16" in capsys.readouterr().err
     assert cli.main([*line, "--compare"]) == 2
     assert "--compare is for pictures" in capsys.readouterr().err
     assert cli.main(["restore", "a.png", "b.zarr", "-o", "out"]) == 2

@@ -50,7 +50,7 @@ from dfpir.classifier_examples import (
 from dfpir.degradation import CLEAN, NOISES, Degradation
 from dfpir.model import DFPIR
 from dfpir.synthesis import degrade
-from dfpir.training import Pictures, part_generator
+from dfpir.training import Pictures, check_output, part_generator
 from dfpir.weights import file_hash, load_model, resolve
 
 logger = logging.getLogger(__name__)
@@ -433,6 +433,7 @@ def train_classifier(
     patches: int = PATCHES,
     seed: int = 1,
     resume: bool = False,
+    overwrite: bool = False,
     network: str | Path | None = None,
 ) -> dict[str, object]:
     """Train a classifier, calibrate and score it on held-out pictures, and write it.
@@ -449,6 +450,8 @@ def train_classifier(
         The same seed and pictures give the same classifier on the same machine.
     resume : bool
         Continue from the state file of an earlier run with the same patches and seed.
+    overwrite : bool
+        Replace what an earlier run has left as `output` and its state file.
     network : str or Path, optional
         Weights, by name or file, whose encoder the classifier gets; by default the bundled ones.
 
@@ -460,8 +463,10 @@ def train_classifier(
     Raises
     ------
     ValueError
-        If there are too few pictures, nothing to resume, or a network of other sizes.
+        If there are too few pictures, the output exists, there is nothing to resume, or the
+        network has other sizes.
     """
+    check_output(output, resume=resume, overwrite=overwrite)
     settings = ClassifierSettings(patches=patches, seed=seed)
     trainer = ClassifierTrainer(settings, Pictures.load(data), output.with_suffix(".state"))
     if resume:

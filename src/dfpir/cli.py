@@ -153,6 +153,12 @@ def add_restore(commands: Commands) -> None:
         "--report", type=Path, metavar="FILE", help="write what became of each file, as JSON"
     )
     parser.add_argument(
+        "--block",
+        type=int,
+        metavar="N",
+        help="side of the blocks of a .zarr in pixels (default: about 1024; larger for clusters)",
+    )
+    parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
         help="let a Dask cluster restore one .zarr picture, e.g. tcp://10.0.0.1:8786",
@@ -218,6 +224,9 @@ def add_train(commands: Commands) -> None:
     parser.add_argument("--device", metavar="DEVICE")
     parser.add_argument("--resume", action="store_true", help="go on from OUT's .state file")
     parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew where OUT or its .state file exists"
+    )
+    parser.add_argument(
         "--from",
         dest="start",
         metavar="NAME|PATH",
@@ -233,7 +242,10 @@ def add_train(commands: Commands) -> None:
         "them to the weights of --from",
     )
     parser.add_argument(
-        "--levels", type=int, metavar="N", help="first levels of a specialist's own (default: 2)"
+        "--levels",
+        type=int,
+        metavar="N",
+        help="first levels of a specialist's own (default: as many as it has in --from, or 2)",
     )
     parser.set_defaults(run=run_train)
 
@@ -400,6 +412,7 @@ def restore_slide(options: argparse.Namespace) -> int:
             options.output,
             options.degradation,
             scheduler=options.scheduler,
+            block=options.block,
             overwrite=options.overwrite,
             resume=options.resume,
             weights=options.weights,
@@ -420,8 +433,13 @@ def restore_pictures(options: argparse.Namespace) -> int:
 
     jobs = folders.plan(options.inputs, options.output, recursive=options.recursive)
     single = jobs[0].target == options.output
-    if single and options.resume:
-        message = "--resume needs an output folder, which holds the journal; name a folder with -o"
+    for name in ("resume", "retry_failed") if single else ():
+        if getattr(options, name):
+            option = name.replace("_", "-")
+            message = f"--{option} needs an output folder, which holds the journal; name one by -o"
+            raise UsageError(message)
+    if options.block is not None:
+        message = "--block is for a .zarr, which is restored block by block; leave it out"
         raise UsageError(message)
     settings = folders.Settings(
         degradation=options.degradation,
@@ -441,7 +459,8 @@ def restore_pictures(options: argparse.Namespace) -> int:
     restorer = load_restorer(options)
     if options.dry_run:
         jobs = folders.left_to_do(jobs, restorer, settings, journal)
-        return show_estimate(jobs, folders.estimate(jobs, restorer, settings))
+        in_strips = restorer.device.type != "cpu"
+        return show_estimate(jobs, folders.estimate(jobs, restorer, settings), in_strips=in_strips)
     report, started = folders.Report(), time.monotonic()
     try:
         for outcome in folders.restore_files(
@@ -477,18 +496,19 @@ def show_outcome(outcome: Outcome) -> None:
         say(f"{outcome.job.source} -> {outcome.job.target}: {outcome.text}")
 
 
-def show_estimate(jobs: Sequence[Job], estimate: Estimate) -> int:
-    """Say what would be done, and what it would take."""
+def show_estimate(jobs: Sequence[Job], estimate: Estimate, *, in_strips: bool) -> int:
+    """Say what would be done, and what it would take, at once or, where that may be, in strips."""
     for job in jobs:
         say(f"{job.source} -> {job.target}")
     for line in estimate.unreadable:
         complain(f"would fail: {line}")
     minutes = estimate.seconds / 60
     lasting = f"{minutes:.0f} min" if minutes >= 2 else f"{estimate.seconds:.0f} s"
+    less = ", or less in strips" if in_strips else ""
     say(
         f"{estimate.pictures} pictures, {estimate.megapixels:.1f} megapixels: about {lasting} "
-        f"here if all are restored; the largest takes {estimate.memory / 1e6:,.0f} MB, or less "
-        "in strips. Nothing was written."
+        f"here if all are restored; the largest takes {estimate.memory / 1e6:,.0f} MB{less}. "
+        "Nothing was written."
     )
     return FAILED if estimate.unreadable else 0
 
@@ -524,6 +544,7 @@ def run_weights_list(options: argparse.Namespace) -> int:
     from dfpir import weights
 
     defaults = {weights.default_name(role) for role in ("restorer", "classifier")}
+    absent = False
     for entry in weights.entries():
         here = "here" if weights.locate(entry) else "absent"
         mark = "*" if entry.name in defaults else " "
@@ -533,8 +554,10 @@ def run_weights_list(options: argparse.Namespace) -> int:
             say("    It belongs to dfpir and is missing: install dfpir again.")
         elif here == "absent":
             say(f"    Get it by hand from {entry.page}, then: {entry.facts['command']}")
-            say("    It is found by this name in the folder that DFPIR_WEIGHTS names.")
+            absent = True
     say("* used by default")
+    if absent:
+        say("What is got by hand is found by its name in the folder that DFPIR_WEIGHTS names.")
     return 0
 
 
@@ -623,6 +646,9 @@ def run_train(options: argparse.Namespace) -> int:
         message = "--levels is for a specialist; name it with --specialist"
         raise UsageError(message)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.resume and options.overwrite:
+        message = "--resume goes on from what is there, --overwrite does away with it; choose one"
+        raise UsageError(message)
     if options.classifier:
         from dfpir.classifier_training import train_classifier
 
@@ -631,6 +657,7 @@ def run_train(options: argparse.Namespace) -> int:
             options.data,
             options.output,
             resume=options.resume,
+            overwrite=options.overwrite,
             network=options.start,
             **{name: value for name, value in given.items() if value is not None},
         )
@@ -642,6 +669,7 @@ def run_train(options: argparse.Namespace) -> int:
             options.data,
             options.output,
             resume=options.resume,
+            overwrite=options.overwrite,
             start=options.start,
             **{name: value for name, value in chosen.items() if value is not None},
         )

@@ -22,6 +22,7 @@ from dfpir.model import Progress
 from dfpir.pixels import to_pixels
 from dfpir.record import package_version
 from dfpir.restorer import AUTO, Restorer
+from dfpir.routing import check_steps
 
 SCHEMA = 1
 MULTIPLE = 16
@@ -396,6 +397,8 @@ def evaluate(
     ------
     EvaluationError, ImageFileError
         If scikit-image is missing, or the folders or pictures are not as described.
+    ValueError
+        If `blind` is out of range.
 
     References
     ----------
@@ -408,6 +411,8 @@ def evaluate(
     >>> print(evaluation.markdown())  # doctest: +SKIP
     """
     check_limit(limit)
+    if blind:
+        check_steps(blind)
     scikit_image("metrics")
     # Everything that can be wrong with the folders is found before the first picture is restored.
     pairs = {each: list_pairs(data / each.name, each)[:limit] for each in chosen_sets(data, sets)}

@@ -175,8 +175,8 @@ class Estimate:
     seconds : float
         Expected, at the speed measured on a picture of 256 x 256 pixels.
     memory : int
-        Bytes that the largest picture takes if it is restored whole; where they are not free, it
-        is restored in strips.
+        Bytes that the largest picture takes if it is restored whole. Where they are not free on a
+        graphics card, it is restored in strips.
     """
 
     pictures: int

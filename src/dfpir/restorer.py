@@ -38,7 +38,7 @@ from dfpir.pixels import (
     untinted,
 )
 from dfpir.record import RestorationRecord, array_hash, describe
-from dfpir.routing import MOST_STEPS, restore_by_steps
+from dfpir.routing import check_steps, restore_by_steps
 from dfpir.tiling import Tiling, plan, windows
 
 AUTO = "auto"
@@ -574,9 +574,7 @@ class Restorer:
             If the pixels or an argument do not fit; see the message.
         """
         check_strength(strength)
-        if not 1 <= most_steps <= MOST_STEPS:
-            message = f"most_steps is {most_steps}; expected 1 to {MOST_STEPS}."
-            raise ValueError(message)
+        check_steps(most_steps)
         check_pixels(pixels)
         weight = checked_mask(mask, len(pixels))
         diagnosis, diagnoses = judge(pixels, degradation, one_verdict, on_progress)

@@ -19,6 +19,19 @@ MOST_STEPS = 3
 """More than this many degradations are not removed from one image."""
 
 
+def check_steps(most: int) -> None:
+    """Refuse a number of steps that is out of range.
+
+    Raises
+    ------
+    ValueError
+        If it is not from 1 to `MOST_STEPS`.
+    """
+    if not 1 <= most <= MOST_STEPS:
+        message = f"most_steps is {most}; expected 1 to {MOST_STEPS}."
+        raise ValueError(message)
+
+
 def restore_by_steps(
     pixels: Tensor,
     found: Diagnosis,

@@ -249,8 +249,8 @@ def restore_lazily(
         Values that count as black and white; by default those of
         `dfpir.pixels.natural_range` of the windows.
     block : int, optional
-        Side of the blocks, a multiple of 16; by default about 1024, whole chunks of the slide
-        where those allow.
+        Side of the blocks, a multiple of 16 and at least 64; by default about 1024, whole chunks
+        of the slide where those allow.
     on_step : callable, optional
         Called with each `dfpir.stacks.Step` of reading windows; raising from it cancels.
 

@@ -139,6 +139,32 @@ class TrainingSettings:
         return (kind,) if kind else tuple(NOISES)
 
 
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make sure that no earlier training is replaced unasked.
+
+    Raises
+    ------
+    ValueError
+        If `output` or its state exists, and is neither to be gone on from nor to be replaced.
+    """
+    for path in () if resume or overwrite else (output, output.with_suffix(".state")):
+        if path.exists():
+            message = (
+                f"{path} exists. Go on from it with --resume, replace it with --overwrite, or name "
+                "another output."
+            )
+            raise ValueError(message)
+
+
+def own_levels(network: DFPIR, name: str) -> int | None:
+    """Return how many of the first levels a specialist has of its own; None if there is none."""
+    specialist = dict(network.named_specialists()).get(name)
+    if specialist is None:
+        return None
+    shared = set(checkpoint.shared_modules(network, specialist))
+    return sum(not shared.issuperset(level) for level in LEVELS)
+
+
 def name_hash(path: Path) -> str:
     """Return the digest that decides whether a picture is for validation."""
     return hashlib.sha256(path.name.encode()).hexdigest()
@@ -811,6 +837,7 @@ def train(
     preset: str = "compact",
     device: str = "auto",
     resume: bool = False,
+    overwrite: bool = False,
     start: str | Path | None = None,
     every: int = 10_000,
     **chosen: float | str,
@@ -831,12 +858,15 @@ def train(
     device : str
     resume : bool
         Go on from the state beside `output`; `chosen` may change the patches to see in all.
+    overwrite : bool
+        Replace what an earlier run has left as `output` and beside it.
     start : str or Path, optional
         Weights to begin from, by name or file; of a specialist, those it becomes a part of.
     every : int
         Patches between validations.
     **chosen
-        Fields of `TrainingSettings` that shall differ from their defaults.
+        Fields of `TrainingSettings` that shall differ from their defaults. A specialist that
+        `start` has already keeps the number of its levels unless another is chosen.
 
     Returns
     -------
@@ -847,9 +877,10 @@ def train(
     Raises
     ------
     ValueError
-        If the folder holds too few pictures, there is nothing to resume, `start` is of another
-        size or lacking for a specialist, or there is no such specialist.
+        If the folder holds too few pictures, the output exists, there is nothing to resume,
+        `start` is of another size or lacking for a specialist, or there is no such specialist.
     """
+    check_output(output, resume=resume, overwrite=overwrite)
     settings = replace(TrainingSettings(), **chosen)  # type: ignore[arg-type]
     config = DFPIRConfig.paper() if preset == "paper" else DFPIRConfig.compact()
     if settings.specialist:
@@ -865,12 +896,16 @@ def train(
         if start is None:  # before pictures are read for minutes
             raise ValueError(NO_START)
         config = replace(config, details=DFPIRConfig.specialist().details)
+    network = None if start is None else load_model(start)
+    if network is not None and settings.specialist and "levels" not in chosen:
+        known = own_levels(network, settings.specialist)
+        settings = replace(settings, levels=known or settings.levels)
     pictures = Pictures.load(data)
     trainer = Trainer(
         config, settings, pictures, choose_device(device), output.with_suffix(".state")
     )
-    if start is not None:
-        trainer.start_from(load_model(start))
+    if network is not None:
+        trainer.start_from(network)
     if resume:
         trainer.resume()
     output.parent.mkdir(parents=True, exist_ok=True)
