@@ -10,6 +10,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 
 from dfpir import Degradation, Tiling
 from dfpir.restorer import classify_images, summarise, vote
+from dfpir.routing import MOST_STEPS
 
 from . import host
 
@@ -119,6 +120,19 @@ class DFPIRRestore(io.ComfyNode):
                         ),
                     )
                 ),
+                advanced(
+                    io.Int.Input(
+                        "steps",
+                        default=1,
+                        min=1,
+                        max=MOST_STEPS,
+                        optional=True,
+                        tooltip=(
+                            "With auto, for single images and for verdict one each: look again "
+                            "after restoring, and go on with what else is surely found."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -166,6 +180,7 @@ class DFPIRRestore(io.ComfyNode):
         statistics: str = WHOLE,
         precision: str = host.AUTO,
         verdict: str = ONE_FOR_ALL,
+        steps: int = 1,
     ) -> io.NodeOutput:
         """Restore (B, H, W, C)."""
         restorer = host.loaded_restorer(model or host.Weights.find(), precision, image)
@@ -176,6 +191,7 @@ class DFPIRRestore(io.ComfyNode):
             strength=strength,
             mask=mask,
             tiling=Tiling(statistics="sampled") if statistics == SAMPLED else None,
+            most_steps=steps,
             one_verdict=verdict == ONE_FOR_ALL,
             on_progress=progress,
             on_image=progress.show,

@@ -154,7 +154,7 @@ class Host:
         return module("comfy.model_management", **functions)
 
     def api(self, old):
-        kinds = ("IMAGE", "MASK", "COMBO", "FLOAT", "STRING")
+        kinds = ("IMAGE", "MASK", "COMBO", "FLOAT", "INT", "STRING")
         io = SimpleNamespace(
             **{kind.title(): socket_type(kind) for kind in kinds},
             Custom=socket_type,

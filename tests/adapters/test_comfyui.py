@@ -160,7 +160,7 @@ def test_examples_fit_the_nodes(path, schemas):
     assert ours and path.with_suffix(".jpg").is_file()
     for node in ours:
         schema = schemas[node["type"]]
-        widgets = [each for each in schema.inputs if each.kind in ("COMBO", "FLOAT")]
+        widgets = [each for each in schema.inputs if each.kind in ("COMBO", "FLOAT", "INT")]
         assert {each["name"] for each in node["inputs"]} <= {each.id for each in schema.inputs}
         assert [each["name"] for each in node["outputs"]] == [each.id for each in schema.outputs]
         for value, widget in zip(node["widgets_values"], widgets, strict=True):
@@ -239,6 +239,23 @@ def test_verdicts_are_for_all_or_each(small, monkeypatch, verdict):
     _, name, report = small(torch.rand(3, 16, 16, 3), verdict=verdict).result
     assert name == "haze"
     assert report.count("restored") == (1 if verdict == "one for all" else 2)
+
+
+def test_steps_go_on_with_what_else_is_found(small, monkeypatch):
+    found = iter([("rain", 0.9), ("haze", 0.8), ("clean", 0.9)])
+
+    def classify(*_):
+        name, sure = next(found)
+        verdict = "clean" if name == "clean" else "degraded"
+        member = None if name == "clean" else Degradation.from_name(name)
+        return [core.Diagnosis(verdict, member, {name: sure})]
+
+    monkeypatch.setattr(core, "classify_with", classify)
+    assert (
+        small(torch.rand(1, 16, 16, 3), steps=2)
+        .result[2]
+        .startswith("rain streaks (90% sure); restored, then haze")
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 8, 3), (1, 0, 8, 3), (1, 8, 8, 5), (1, 8, 8, 2)])
