@@ -95,10 +95,10 @@ def test_low_light_is_dark(sharp):
     assert (dark.mean(dim=(1, 2, 3)) < 0.6 * sharp.mean(dim=(1, 2, 3))).all()
 
 
-def test_most_darkness_is_of_four_to_six_stops_and_a_half():
+def test_most_darkness_is_of_four_and_a_half_to_seven_stops():
     grey = torch.full((300, 3, 8, 8), 0.5)
     dark = synthesis.low_light(grey, seeded(2)).mean(dim=(1, 2, 3))
-    least, most = (synthesis.low_light(grey, seeded(2), 2**-stops) for stops in (6.5, 4))
+    least, most = (synthesis.low_light(grey, seeded(2), 2**-stops) for stops in (7, 4.5))
     between = (dark >= least.mean(dim=(1, 2, 3))) & (dark <= most.mean(dim=(1, 2, 3)))
     assert 0.6 < float(between.float().mean()) < 0.95
 
@@ -120,14 +120,23 @@ def test_black_stays_black_in_the_dark():
     assert dark.isfinite().all() and float(dark.median()) < 0.05
 
 
+def test_the_white_balance_of_the_dark_is_off_by_up_to_a_half():
+    """Beyond what the power of the curve makes of it: seen in pairs of channels in linear light."""
+    grey = torch.full((400, 3, 4, 4), 0.9)
+    dark = synthesis.low_light(grey, seeded(4), 0.2).mean(dim=(2, 3))
+    ratios = (dark[:, 0] / dark[:, 1]).log()
+    assert 0.1 < float(ratios.std()) < 0.25 and abs(float(ratios.mean())) < 0.03
+
+
 @pytest.mark.parametrize("brightness", [0.15, 0.3, 0.46, 0.7])
-def test_a_good_exposure_is_nearer_to_the_middle_and_keeps_order(sharp, brightness):
+def test_a_good_exposure_is_nearer_to_the_middle_or_brighter_and_keeps_order(sharp, brightness):
     pixels = (sharp * brightness / sharp.mean(dim=(1, 2, 3), keepdim=True)).clamp(0, 1)
     exposed = synthesis.well_exposed(pixels)
-    before, after = (
-        (side.mean(dim=(1, 2, 3)) - synthesis.WELL_EXPOSED).abs() for side in (pixels, exposed)
-    )
-    assert (after <= torch.maximum(0.75 * before, torch.tensor(0.03))).all()
+    before, after = (side.mean(dim=(1, 2, 3)) for side in (pixels, exposed))
+    bright = before >= synthesis.WELL_EXPOSED
+    torch.testing.assert_close(exposed[bright], pixels[bright].clamp(min=1e-4))
+    missing = synthesis.WELL_EXPOSED - before
+    assert (synthesis.WELL_EXPOSED - after)[~bright].le(0.75 * missing[~bright] + 0.03).all()
     for dim, bright in zip(pixels, exposed, strict=True):
         assert (bright.flatten()[dim.flatten().argsort()].diff() >= -1e-6).all()
 

@@ -283,9 +283,10 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     In most images the noise is shot and read noise, in half of those smeared over neighbouring
     pixels, as the interpolation of colours and a camera's own denoising leave it. `exposure`, the
     fraction of the light, is drawn from 0.004 to 0.2 if not given; in two of three images it is
-    four to six and a half stops too little, as in most pictures that somebody wants to brighten.
-    In half of the images what is white is a lamp, a window or the sky: up to 60 times as bright as
-    a white thing, it stands out of the dark.
+    four and a half to seven stops too little, as in most pictures that somebody wants to brighten.
+    The white balance is off by up to a half for each colour: that of lamps is hard to find in the
+    dark. In half of the images what is white is a lamp, a window or the sky: up to 60 times as
+    bright as a white thing, it stands out of the dark.
     """
     count = len(pixels)
     # Cameras draw curves of their own through the shadows: a power, with a straight foot that is
@@ -293,11 +294,11 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     power = uniform(count, 0.38, 0.55, generator)
     foot = log_uniform(count, 3e-5, 3e-3, generator)
     contrast = log_uniform(count, 0.7, 1.8, generator)
-    usual = log_uniform(count, 2**-6.5, 2**-4, generator)
+    usual = log_uniform(count, 2**-7, 2**-4.5, generator)
     any_light = log_uniform(count, 0.004, 0.2, generator)
     drawn = torch.where(rand(count, 1, 1, 1, generator=generator) < 2 / 3, usual, any_light)
     light = given_or(exposure, drawn) ** (1 / contrast)
-    balance = 1 + 0.4 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
+    balance = (0.8 * (rand(count, 3, 1, 1, generator=generator) - 0.5)).exp()
     black = 0.001 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
     noisy = (rand(count, 1, 1, 1, generator=generator) < 0.8).float()
     smeared = rand(count, 1, 1, 1, generator=generator) < 0.5
@@ -325,14 +326,15 @@ WELL_EXPOSED = 0.46
 
 
 def well_exposed(pixels: Tensor) -> Tensor:
-    """Bring the mean of each picture half-way to `WELL_EXPOSED`, by a gamma curve.
+    """Bring the mean of each darker picture half-way up to `WELL_EXPOSED`, by a gamma curve.
 
-    How bright a scene was can hardly be told in the dark. What is restored has to be a good
-    exposure of it; but what was darker than other scenes, and is in the dark, may remain so.
+    Nobody restores a dark picture to get a dark one; but what was darker than other scenes, and is
+    in the dark, may remain so. A bright scene is left as bright as it is: of two dark pictures the
+    brighter one is mostly of the brighter scene.
     """
     mean = pixels.mean(dim=(1, 2, 3), keepdim=True).clamp(0.02, 0.98)
     exponent = (math.log(WELL_EXPOSED) / mean.log()) ** 0.5
-    return pixels.clamp(min=1e-4) ** exponent.clamp(0.5, 2)
+    return pixels.clamp(min=1e-4) ** exponent.clamp(0.5, 1)
 
 
 MOST_VEIL = 0.2
