@@ -32,7 +32,6 @@ from dfpir.classifier import (
     save_classifier,
     seen_by_encoder,
     shares,
-    tones,
 )
 from dfpir.degradation import CLEAN, NOISES, Degradation
 from dfpir.synthesis import degrade, gaussian_noise, quantised
@@ -253,35 +252,6 @@ def test_the_encoder_sees_large_pictures_through_windows():
     assert parts.shape[1:] == (3, 384, 384) and 2 <= len(parts) <= 4
     long = seen_by_encoder(torch.rand(1, 3, 20, 40_000, generator=seeded()))
     assert long.shape[1:] == (3, 20, 384) and len(long) <= 4
-
-
-def test_tones_are_those_of_numpy_and_do_not_care_for_flips():
-    picture = torch.rand(1, 3, 60, 70, generator=seeded())
-    found = tones(picture)
-    array = picture[0].double().numpy()
-    dark, mean, bright = array.min(0), array.mean(0), array.max(0)
-    expected = [
-        *np.quantile(dark, module.QUANTILES["darkest"]),
-        *np.quantile(mean, module.QUANTILES["mean"]),
-        *np.quantile(bright, module.QUANTILES["brightest"]),
-        mean.mean(),
-        mean.std(),
-        (bright - dark).mean(),
-    ]
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(tones(picture.flip((2, 3))), found)
-
-
-def test_tones_of_a_large_picture_are_those_of_a_part_of_its_pixels(monkeypatch):
-    picture = degrade(pixels_of("astronaut"), Degradation.HAZE, seeded())
-    exact = tones(picture)
-    monkeypatch.setattr(module, "MOST_TONES", 20_000)
-    torch.testing.assert_close(tones(picture), exact, rtol=0, atol=0.01)
-
-
-def test_haze_lifts_the_darkest_tones():
-    sharp = pixels_of("coffee")
-    assert tones(degrade(sharp, Degradation.HAZE, seeded()))[0] > tones(sharp)[0] + 0.05
 
 
 def test_a_written_file_reads_back(small, tmp_path):

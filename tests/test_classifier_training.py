@@ -13,11 +13,14 @@ from dfpir.classifier_examples import (
     LONGEST_WHOLE,
     WHOLE_SHARES,
     Pools,
+    as_lit,
     draw_example,
     make_drawings,
+    soft,
+    spoilt,
 )
 from dfpir.classifier_training import calibration, draw_features, fit_overview, take_encoder
-from dfpir.degradation import CLEAN
+from dfpir.degradation import CLEAN, Degradation
 from dfpir.model import DFPIRConfig
 
 
@@ -59,6 +62,28 @@ def test_wholes_repeat_by_their_seed_and_fit_their_limits(pools):
             assert float(pixels.min()) >= 0 and float(pixels.max()) <= 1
         kinds.add(KINDS[kind])
     assert kinds == set(WHOLE_SHARES)
+
+
+def test_softness_is_alike_in_all_directions_and_keeps_the_mean():
+    point = torch.zeros(3, 41, 41)
+    point[:, 20, 20] = 1
+    for deviation in (0.5, 1.8, 3.0):
+        spot = soft(point, deviation)
+        assert float(spot[0].sum()) == pytest.approx(1, abs=1e-4)
+        torch.testing.assert_close(spot, spot.transpose(1, 2))
+        rows = torch.arange(41.0) - 20
+        measured = (spot[0].sum(dim=1) * rows.square()).sum().sqrt()
+        assert float(measured) == pytest.approx(deviation, rel=0.1)
+
+
+def test_many_scenes_are_lit_from_near_and_depth_counts_for_haze_alone(pools):
+    sharp = torch.rand(1, 3, 48, 64, generator=Generator().manual_seed(0))
+    lit = [as_lit(sharp, Generator().manual_seed(seed))[0] for seed in range(40)]
+    assert 5 < sum(not torch.equal(each, sharp) for each in lit) < 25
+    near, far = torch.zeros(1, 1, 48, 64), torch.ones(1, 1, 48, 64)
+    for kind in (Degradation.HAZE, Degradation.RAIN):
+        by_depth = [spoilt(sharp, kind, depth, Generator().manual_seed(1)) for depth in (near, far)]
+        assert torch.equal(*by_depth) == (kind is Degradation.RAIN)
 
 
 def test_features_depend_on_their_number_alone(small, pools):
@@ -109,7 +134,7 @@ def test_where_the_details_are_right_an_overview_corrects_little(small, short):
     examples = examples_of(600, confusing=False)
     features = torch.stack([each for each, _ in examples])
     fit_overview(small, examples, seed=0)
-    assert float(small.overview.correction(features).abs().mean()) < 0.3
+    assert float(small.overview.correction(features).abs().mean()) < 0.5
     again = small.overview(features)
     fit_overview(small, examples, seed=0)
     assert torch.equal(again, small.overview(features))

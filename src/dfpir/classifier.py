@@ -4,9 +4,9 @@ Noise, streaks and blur live in single pixels, which shrinking would remove: so 
 at native resolution are looked at, every place in them gives a vote and a weight, and the weighted
 mean counts. But a soft lens is told from a moving hand, and haze from a grey wall, only by the
 look of the whole: so the same is done with the picture at a half and at a quarter of its size, and
-an `Overview` weighs the three outcomes together with how light and dark are spread, and with what
-the restoring network sees on its way down, before it is told anything: to restore, it had to learn
-what is picture and what is damage.
+an `Overview` weighs the three outcomes together with the statistics of its tones, of its sharpness
+along each direction and of its veil, and with what the restoring network sees on its way down,
+before it is told anything: to restore, it had to learn what is picture and what is damage.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfpir import picture_statistics
 from dfpir.checkpoint import CheckpointError, mismatches, read_tensors, write_tensors
 from dfpir.degradation import CLEAN, NOISES, Degradation, Diagnosis, Verdict
 from dfpir.model import DFPIRConfig, Encoder
 from dfpir.tiling import spread, windows
 
-FORMAT = "dfpir-classifier-3"
+FORMAT = "dfpir-classifier-4"
 """Value of ``format`` in the metadata of classifier files."""
 
 NOISE = "noise"
@@ -43,12 +44,6 @@ SMALLEST_CROP = 32
 SHRUNK = (1, 2, 4)
 """By how much a picture is shrunk, by averaging, before each of the looks that are taken at it."""
 
-QUANTILES = {"darkest": (0.01, 0.1, 0.5), "mean": (0.01, 0.1, 0.5, 0.9, 0.99), "brightest": (0.99,)}
-"""Of the darkest channel of every pixel, of their mean and of the brightest: see `tones`."""
-
-MOST_TONES = 2**18
-"""No more pixels than about this many are sorted for the quantiles."""
-
 ENCODER, LEVELS = DFPIRConfig.compact(), 2
 """Sizes of the encoder, a copy of the first levels of the bundled network."""
 
@@ -57,8 +52,7 @@ WINDOW, MOST_WINDOWS = 384, 4
 
 FEATURES = (
     len(SHRUNK) * (len(KINDS) + 1)
-    + sum(map(len, QUANTILES.values()))
-    + 3
+    + picture_statistics.COUNT
     + 2 * sum(ENCODER.channels(depth) for depth in range(LEVELS))
 )
 """Numbers by which `Overview` knows a picture."""
@@ -115,7 +109,7 @@ class ResidualConvolution(nn.Module):
 
 
 class Overview(nn.Module):
-    """Correct the judgement at full size by smaller sizes, tones and what the encoder sees.
+    """Correct the judgement at full size by smaller sizes, statistics and what the encoder sees.
 
     Untrained, it corrects nothing.
 
@@ -244,6 +238,15 @@ def reflected(length: int, wanted: int) -> Tensor:
     return torch.minimum(steps, 2 * length - 1 - steps)
 
 
+def continued(pixels: Tensor) -> Tensor:
+    """Return pictures (N, 3, H, W) whose sides are `SMALLEST_CROP` at least, by reflection."""
+    for axis in (2, 3):
+        if pixels.shape[axis] < SMALLEST_CROP:
+            indices = reflected(pixels.shape[axis], SMALLEST_CROP).to(pixels.device)
+            pixels = pixels.index_select(axis, indices)
+    return pixels
+
+
 def grid(height: int, width: int) -> tuple[int, int]:
     """Return into how many rows and columns of crops a picture is divided: 12 at most in all.
 
@@ -270,10 +273,7 @@ def crops(pixels: Tensor) -> Tensor:
     Tensor, (N, crops, 3, h, w)
         One to twelve crops; h and w are 32..128.
     """
-    for axis in (2, 3):
-        if pixels.shape[axis] < SMALLEST_CROP:
-            indices = reflected(pixels.shape[axis], SMALLEST_CROP).to(pixels.device)
-            pixels = pixels.index_select(axis, indices)
+    pixels = continued(pixels)
     height, width = pixels.shape[-2:]
     rows, columns = grid(height, width)
     high, wide = min(height, CROP), min(width, CROP)
@@ -292,33 +292,6 @@ def look(model: DegradationClassifier, picture: Tensor) -> tuple[Tensor, Tensor]
     """Return logits (1, 6) and log sigma (1,) of a picture (1, 3, H, W) at this size alone."""
     votes = model.votes(crops(picture)[0])  # (crops, kinds + 3, h, w)
     return model.count(votes.transpose(0, 1)[None])
-
-
-def tones(picture: Tensor) -> Tensor:
-    """Return how light and dark are spread in a picture (1, 3, H, W): twelve numbers.
-
-    The darkest channel is what haze lifts (He, Sun and Tang, "Single image haze removal using dark
-    channel prior", CVPR 2009).
-    """
-    step = math.ceil(math.sqrt(picture[0, 0].numel() / MOST_TONES))
-    pixels = picture[0, :, ::step, ::step].flatten(1)
-    channels = {"darkest": pixels.amin(0), "mean": pixels.mean(0), "brightest": pixels.amax(0)}
-    mean = channels["mean"]
-    return torch.cat(
-        [
-            *(
-                torch.quantile(channels[name], pixels.new_tensor(fractions))
-                for name, fractions in QUANTILES.items()
-            ),
-            torch.stack(
-                [
-                    mean.mean(),
-                    mean.std(correction=0),
-                    (channels["brightest"] - channels["darkest"]).mean(),
-                ]
-            ),
-        ]
-    )
 
 
 def seen_by_encoder(picture: Tensor) -> Tensor:
@@ -351,8 +324,9 @@ def features_of(model: DegradationClassifier, picture: Tensor) -> tuple[Tensor, 
         likelihoods = logits[0].log_softmax(dim=0).clamp(min=LEAST_LOG_PROBABILITY)
         seen += [likelihoods, log_sigma]
         sigmas.append(log_sigma)
-    described = model.encoder.describe(seen_by_encoder(picture))
-    return torch.cat([*seen, tones(smaller), described]), sigmas[0]
+    parts = seen_by_encoder(picture)
+    statistics = picture_statistics.described(continued(picture), smaller, continued(parts))
+    return torch.cat([*seen, statistics, model.encoder.describe(parts)]), sigmas[0]
 
 
 @torch.no_grad()

@@ -27,10 +27,13 @@ from dfpir.synthesis import (
     LEVELS,
     degrade,
     gaussian_noise,
+    haze,
+    lit_from_near,
     log_uniform,
     normal_like,
     prompted,
     quantised,
+    scene_depth,
     smooth_field,
     uniform,
 )
@@ -219,6 +222,12 @@ def resampled_cut(copies: Copies, size: int, generator: Generator) -> Tensor:
     return patch.clamp(0, 1)
 
 
+def soft(patch: Tensor, deviation: float) -> Tensor:
+    """Blur a picture (3, H, W) alike in all directions, as lenses and enlarging do, not motion."""
+    size = 2 * math.ceil(3 * deviation) + 1
+    return gaussian_blur2d(patch[None], (size, size), (deviation, deviation))[0]
+
+
 def toned(patch: Tensor, kind: str, generator: Generator) -> Tensor:
     """Return a photograph or drawing as another camera or hand might have rendered it."""
     if chance(0.08, generator):
@@ -229,12 +238,11 @@ def toned(patch: Tensor, kind: str, generator: Generator) -> Tensor:
     if grey:
         patch = (patch * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
         patch = patch.expand(3, -1, -1)
-    # A flat colour photograph cannot be told from a hazy one, nor a soft one from one out of
-    # focus; flat and soft grey ones are what microscopes and telescopes deliver.
+    # A flat colour photograph cannot be told from a hazy one; flat grey ones are what microscopes
+    # and telescopes deliver, and soft ones.
     instrument = grey and kind in (CLEAN, NOISE)
-    if instrument and chance(0.4, generator):
-        softness = between(0.5, 1.8, generator)
-        patch = gaussian_blur2d(patch[None], (11, 11), (softness, softness))[0]
+    if chance(0.4 if instrument else 0.25, generator):
+        patch = soft(patch, between(0.5, 1.8, generator))
     flattest = 0.25 if instrument else 0.75
     if chance(0.6 if instrument else 0.2, generator):
         contrast = between(flattest, 1.0, generator)
@@ -246,6 +254,8 @@ def displayed(patch: Tensor, generator: Generator) -> Tensor:
     """Return a micrograph as an instrument or a viewer might have shown it."""
     # The grey steps of an 8-bit file would become a comb when stretched.
     patch = patch + (torch.rand(patch.shape[1:], generator=generator) - 0.5) / LEVELS
+    if chance(0.4, generator):
+        patch = soft(patch, math.exp(between(math.log(0.5), math.log(3.0), generator)))
     if chance(0.6, generator):
         low, high = float(patch.amin()), float(patch.amax())
         patch = (patch - low) / max(high - low, 0.1)
@@ -306,18 +316,32 @@ def finished(patch: Tensor, kind: str, generator: Generator) -> Tensor:
     return patch
 
 
-def change_of_reference(
-    shape: torch.Size, degradation: Degradation, generator: Generator
-) -> Tensor:
+def as_lit(sharp: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Return scenes (N, 3, H, W), many lit from near, and depths (N, 1, H, W) that suit that.
+
+    All kinds alike: neither what is dark far away nor what is bright there may give one away.
+    """
+    depth = scene_depth(sharp, generator)
+    return (lit_from_near(sharp, depth, generator) if chance(0.5, generator) else sharp), depth
+
+
+def spoilt(sharp: Tensor, degradation: Degradation, depth: Tensor, generator: Generator) -> Tensor:
+    """Degrade scenes (N, 3, H, W) of the given depths, which count for haze, in one way."""
+    if degradation is Degradation.HAZE:
+        return haze(sharp, generator, depth=depth)
+    return degrade(sharp, degradation, generator)
+
+
+def change_of_reference(depth: Tensor, degradation: Degradation, generator: Generator) -> Tensor:
     """Return how much (N,) a fixed texture changes under the degradation about to be drawn.
 
     `generator` is left as it was.
     """
     ahead = Generator().manual_seed(0)
-    texture = F.avg_pool2d(torch.rand(1, 3, *shape[2:], generator=ahead), 3, 1, 1)
-    reference = 0.6 * texture.expand(shape)
+    texture = F.avg_pool2d(torch.rand(1, 3, *depth.shape[2:], generator=ahead), 3, 1, 1)
+    reference = 0.6 * texture.expand(len(depth), -1, -1, -1)
     ahead.set_state(generator.get_state())
-    changed = degrade(reference, degradation, ahead)
+    changed = spoilt(reference, degradation, depth, ahead)
     return (changed - reference).square().mean(dim=(1, 2, 3)).sqrt()
 
 
@@ -381,11 +405,7 @@ def draw_whole(pools: Pools, kind: str, generator: Generator) -> Tensor:
         picture = picture.flip(-1)
     if micrograph:
         return displayed(picture, generator)
-    picture = toned(picture, kind, generator)
-    if chance(0.15, generator):
-        softness = between(0.4, 1.2, generator)
-        picture = gaussian_blur2d(picture[None], (9, 9), (softness, softness))[0]
-    return picture
+    return toned(picture, kind, generator)
 
 
 def draw_example(pools: Pools, generator: Generator) -> tuple[Tensor, int] | None:
@@ -393,7 +413,7 @@ def draw_example(pools: Pools, generator: Generator) -> tuple[Tensor, int] | Non
     shares = torch.tensor([WHOLE_SHARES[kind] for kind in KINDS])
     number = int(torch.multinomial(shares, 1, generator=generator))
     kind = KINDS[number]
-    sharp = draw_whole(pools, kind, generator)[None]
+    sharp, depth = as_lit(draw_whole(pools, kind, generator)[None], generator)
     if kind == NOISE:
         noisy, sigmas = add_noise(sharp, generator)
         return None if float(sigmas) < FAINT[1] else (noisy, number)
@@ -401,14 +421,17 @@ def draw_example(pools: Pools, generator: Generator) -> tuple[Tensor, int] | Non
     if kind != CLEAN:
         degradation = Degradation.from_name(kind)
         if kind in FAINTEST:
-            change = change_of_reference(sharp.shape, degradation, generator)
+            change = change_of_reference(depth, degradation, generator)
             if float(change) < FAINTEST[kind]:
                 return None
-        degraded = degrade(sharp, degradation, generator)
+        degraded = spoilt(sharp, degradation, depth, generator)
         if kind == "rain" and float((degraded - sharp).square().mean().sqrt()) < FAINTEST_RAIN:
             return None
     return finished(degraded[0], kind, generator)[None], number
 
+
+SOFT_IN_VALIDATION = (0.7, 1.2, 1.8)
+"""Standard deviations in pixels by which held-out photographs are softened, in turn."""
 
 Case = tuple[str, str, float, Tensor]
 """Group, kind, sigma and pixels (1, 3, H, W) of a held-out picture."""
@@ -417,7 +440,8 @@ Case = tuple[str, str, float, Tensor]
 def validation_set(pictures: Pictures, side: int = 256) -> list[Case]:
     """Return group, kind, sigma and pixels (1, 3, H, W) of degraded and clean held-out pictures.
 
-    Photographs suffer everything; micrographs, as they are and stretched, noise alone.
+    Photographs, as they are, grey and soft, suffer everything; micrographs, as they are and
+    stretched, noise alone.
     """
     cases = []
     for number, (path, array) in enumerate(pictures.validation):
@@ -432,6 +456,9 @@ def validation_set(pictures: Pictures, side: int = 256) -> list[Case]:
             "micrographs" if micrograph else "photographs": sharp,
             "stretched" if micrograph else "grey": stretched if micrograph else quantised(grey),
         }
+        if not micrograph:
+            deviation = SOFT_IN_VALIDATION[number % len(SOFT_IN_VALIDATION)]
+            clean["soft"] = quantised(soft(sharp[0], deviation)[None])
         for group, pixels in clean.items():
             cases.append((group, CLEAN, 0.0, pixels))
             for sigma in (8.0, 15.0, 25.0, 35.0, 50.0, 65.0):

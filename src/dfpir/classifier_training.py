@@ -38,18 +38,19 @@ from dfpir.classifier_examples import (
     Case,
     Pools,
     add_noise,
+    as_lit,
     chance,
     change_of_reference,
     draw_example,
     draw_patch,
     finished,
     make_drawings,
+    spoilt,
     validation_set,
     whole,
 )
 from dfpir.degradation import CLEAN, NOISES, Degradation
 from dfpir.model import DFPIR
-from dfpir.synthesis import degrade
 from dfpir.training import Pictures, check_output, part_generator
 from dfpir.weights import file_hash, load_model, resolve
 
@@ -59,15 +60,15 @@ CLEAN_EMPHASIS = 1.4
 """In what `Overview` learns, kinds count alike, but clean this much more: it is the lesser mistake
 to leave a picture alone."""
 
-WHOLES = 2_700
-"""Whole pictures from which `Overview` learns; more than twice as many taught it no more."""
+WHOLES = 6_000
+"""Whole pictures from which `Overview` learns."""
 
 OVERVIEW_STEPS = 2_000
 OVERVIEW_BATCH = 256
 BLUR_OF_FEATURES = 0.3
 """Noise on every number that `Overview` learns from, in standard deviations of the number."""
 
-PRICE = 0.1
+PRICE = 0.03
 """Of a correction by `Overview`: its mean square, in nats, costs this much cross-entropy."""
 
 PATCHES = 112_000
@@ -135,7 +136,7 @@ def draw_batch(
         sharp = [draw_patch(pools, kind, size * margin, generator) for _ in places]
         if not places:
             continue
-        batch = torch.stack(sharp)
+        batch, depth = as_lit(torch.stack(sharp), generator)
         if kind == NOISE:
             pixels[places], sigmas[places] = add_noise(batch, generator)
             faint = (sigmas > FAINT[0]) & (sigmas < FAINT[1])
@@ -144,9 +145,10 @@ def draw_batch(
         if kind != CLEAN:
             degradation = Degradation.from_name(kind)
             if kind in FAINTEST:
-                change = change_of_reference(batch.shape, degradation, generator)
+                change = change_of_reference(depth, degradation, generator)
                 kinds[torch.tensor(places)[change < FAINTEST[kind]]] = -1
-            batch = degrade(batch, degradation, generator)[..., :size, -size:]
+            batch = spoilt(batch, degradation, depth, generator)
+        batch = batch[..., :size, -size:]
         pixels[places] = torch.stack([finished(patch, kind, generator) for patch in batch])
     return pixels, kinds, sigmas
 
