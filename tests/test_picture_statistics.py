@@ -120,6 +120,12 @@ def test_haze_lifts_the_darkest_of_all_blocks_and_ties_it_to_contrast():
     assert after[14] < before[14]  # correlation of the two
 
 
+def test_the_veil_does_not_care_for_flips():
+    picture = pixels_of("coffee")[..., :320, :480]
+    for axes in ([2], [3], [2, 3]):
+        torch.testing.assert_close(veil(picture.flip(axes)), veil(picture), rtol=1e-3, atol=1e-3)
+
+
 def test_a_flat_picture_has_finite_numbers():
     flat = torch.full((1, 3, 40, 60), 0.5)
     assert described(flat, flat, flat).shape == (picture_statistics.COUNT,)

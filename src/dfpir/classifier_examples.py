@@ -238,13 +238,13 @@ def toned(patch: Tensor, kind: str, generator: Generator) -> Tensor:
     if grey:
         patch = (patch * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
         patch = patch.expand(3, -1, -1)
-    # A very flat colour photograph cannot be told from a hazy one; flat grey ones are what
-    # microscopes and telescopes deliver, and soft ones.
+    # A flat colour photograph cannot be told from a hazy one; flat grey ones are what microscopes
+    # and telescopes deliver, and soft ones.
     instrument = grey and kind in (CLEAN, NOISE)
     if chance(0.4 if instrument else 0.25, generator):
         patch = soft(patch, between(0.5, 1.8, generator))
-    flattest = 0.25 if instrument else 0.6
-    if chance(0.6 if instrument else 0.3, generator):
+    flattest = 0.25 if instrument else 0.75
+    if chance(0.6 if instrument else 0.2, generator):
         contrast = between(flattest, 1.0, generator)
         patch = contrast * patch + (1 - contrast) * between(0.0, 0.6, generator)
     return patch
@@ -433,9 +433,6 @@ def draw_example(pools: Pools, generator: Generator) -> tuple[Tensor, int] | Non
 SOFT_IN_VALIDATION = (0.7, 1.2, 1.8)
 """Standard deviations in pixels by which held-out photographs are softened, in turn."""
 
-FLAT_IN_VALIDATION = (0.6, 0.7, 0.8)
-"""Fractions of their contrast that are left to held-out photographs, in turn."""
-
 Case = tuple[str, str, float, Tensor]
 """Group, kind, sigma and pixels (1, 3, H, W) of a held-out picture."""
 
@@ -443,7 +440,7 @@ Case = tuple[str, str, float, Tensor]
 def validation_set(pictures: Pictures, side: int = 256) -> list[Case]:
     """Return group, kind, sigma and pixels (1, 3, H, W) of degraded and clean held-out pictures.
 
-    Photographs, as they are, grey, soft and flat, suffer everything; micrographs, as they are and
+    Photographs, as they are, grey and soft, suffer everything; micrographs, as they are and
     stretched, noise alone.
     """
     cases = []
@@ -462,8 +459,6 @@ def validation_set(pictures: Pictures, side: int = 256) -> list[Case]:
         if not micrograph:
             deviation = SOFT_IN_VALIDATION[number % len(SOFT_IN_VALIDATION)]
             clean["soft"] = quantised(soft(sharp[0], deviation)[None])
-            contrast = FLAT_IN_VALIDATION[number % len(FLAT_IN_VALIDATION)]
-            clean["flat"] = quantised(contrast * sharp + (1 - contrast) * 0.3)
         for group, pixels in clean.items():
             cases.append((group, CLEAN, 0.0, pixels))
             for sigma in (8.0, 15.0, 25.0, 35.0, 50.0, 65.0):

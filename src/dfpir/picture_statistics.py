@@ -190,17 +190,23 @@ def veil(picture: Tensor) -> Tensor:
         "row": torch.linspace(-1, 1, dark.shape[2], device=dark.device)[:, None].expand_as(dark),
     }
     flat = {name: each.flatten() for name, each in blocks.items()}
-    together = (
-        ("dark", "contrast"),
-        ("mean", "contrast"),
-        ("row", "dark"),
-        ("row", "contrast"),
-        ("saturation", "dark"),
-        ("saturation", "mean"),
-    )
+
+    def together(first: str, second: str) -> Tensor:
+        return correlation(flat[first], flat[second])
+
     return torch.cat(
         [
             *(quantiles(flat[name], fractions) for name, fractions in BLOCK_QUANTILES.items()),
-            torch.stack([correlation(flat[first], flat[second]) for first, second in together]),
+            torch.stack(
+                [
+                    together("dark", "contrast"),
+                    together("mean", "contrast"),
+                    # A picture upside down is no other picture.
+                    together("row", "dark").abs(),
+                    together("row", "contrast").abs(),
+                    together("saturation", "dark"),
+                    together("saturation", "mean"),
+                ]
+            ),
         ]
     )
