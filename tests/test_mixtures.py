@@ -76,6 +76,8 @@ def test_the_command_writes_table_and_figures(folder, tmp_path, tiny_weights, ca
 def test_what_does_not_fit_is_refused(folder, capsys):
     with pytest.raises(EvaluationError, match="at least 1"):
         evaluate_mixtures(folder, restorer=Halfway(), limit=0)
+    with pytest.raises(ValueError, match="most_steps is 0; expected 1 to 3"):
+        evaluate_mixtures(folder, restorer=Halfway(), most_steps=0)
     with pytest.raises(EvaluationError, match="no such folder"):
         evaluate_mixtures(folder / "CBSD68", restorer=Halfway())
     assert main(["evaluate", "--data", str(folder), "--mixtures", "--sets", "CBSD68"]) == 2

@@ -27,6 +27,7 @@ from dfpir.evaluation import (
 from dfpir.model import Progress
 from dfpir.pixels import to_pixels
 from dfpir.restorer import Restorer
+from dfpir.routing import check_steps
 from dfpir.synthesis import LEVELS, degrade
 
 SCHEMA = 1
@@ -183,8 +184,11 @@ def evaluate_mixtures(
     ------
     EvaluationError, ImageFileError
         If scikit-image is missing, or the folder or its pictures are not as described.
+    ValueError
+        If `most_steps` is out of range.
     """
     check_limit(limit)
+    check_steps(most_steps)
     scikit_image("metrics")
     paths = list_pictures(data / IMAGE_SETS[0].name)[:limit]
     restorer = restorer or Restorer()
