@@ -106,6 +106,17 @@ def test_several_images_have_steps_of_their_own(restorer, photograph, verdict):
     done = restorer.restore_pixels(pixels, one_verdict=False, most_steps=3)
     assert done.steps == (Degradation.RAIN, Degradation.HAZE)
     assert torch.equal(done.image[1], pixels[1])
+    assert done.taken == (done.steps, ())
+    # Alike at first sight, but what came of them differs.
+    verdict(RAIN, RAIN, RAIN, HAZE, CLEAR, CLEAR, RAIN)
+    pixels = pixels_of(photograph[:32, :40]).repeat(3, 1, 1, 1)
+    done = restorer.restore_pixels(pixels, one_verdict=False, most_steps=3)
+    assert done.summary.splitlines() == [
+        "image 1: rain streaks (90% sure); restored, then haze",
+        "image 2: rain streaks (90% sure); restored",
+        "image 3: rain streaks (90% sure); left as it is",
+    ]
+    pixels = pixels[:2]
     verdict(RAIN, RAIN, HAZE)
     assert restorer.restore_pixels(pixels, most_steps=3).steps == (Degradation.RAIN,)
 

@@ -93,6 +93,8 @@ class Restoration:
     record : RestorationRecord
     diagnoses : tuple of Diagnosis
         One for each image where each had a verdict of its own; otherwise empty.
+    taken : tuple of tuple of Degradation
+        Likewise: what of `steps` was taken on each image.
     consistency : ndarray or Tensor, optional
         With `ensemble`: (H, W) or (N, H, W), how far apart the eight answers are at each pixel, as
         their standard deviation in the units of the image; 0 where nothing was restored. It tells
@@ -105,12 +107,13 @@ class Restoration:
     steps: tuple[Degradation, ...]
     record: RestorationRecord
     diagnoses: tuple[Diagnosis, ...] = ()
+    taken: tuple[tuple[Degradation, ...], ...] = ()
     consistency: NDArray[np.float32] | Tensor | None = None
 
     @property
     def summary(self) -> str:
         """For people: what was found and what was done, a line for each run of images alike."""
-        return summarise(self.diagnoses or (self.diagnosis,), self.steps)
+        return summarise(self.diagnoses or (self.diagnosis,), self.taken or (self.steps,))
 
     @property
     def report(self) -> str:
@@ -123,36 +126,40 @@ class Restoration:
         return "\n".join([self.summary, *([how] if self.steps else []), *record.notes])
 
 
-def summarise(diagnoses: Sequence[Diagnosis], steps: Sequence[Degradation] | None = None) -> str:
-    """Return a line for people for each run of images that were found to be alike.
+def summarise(
+    diagnoses: Sequence[Diagnosis], taken: Sequence[Sequence[Degradation]] | None = None
+) -> str:
+    """Return a line for people for each run of images of which the same is to be said.
 
     Parameters
     ----------
     diagnoses : sequence of Diagnosis
         One for each image.
-    steps : sequence of Degradation, optional
-        What was restored; without it the lines tell what was found and no more.
+    taken : sequence of sequence of Degradation, optional
+        What was restored in each; without it the lines tell what was found and no more.
     """
-    if len(diagnoses) == 1:
-        [found] = diagnoses
-        later = [step for step in steps or () if step is not found.degradation]
-        return "".join([outcome(found, steps), *(f", then {step.label}" for step in later)])
+    steps = (None,) * len(diagnoses) if taken is None else map(tuple, taken)
+    images = list(zip(diagnoses, steps, strict=True))
     lines, first = [], 1
-    for _, run in groupby(diagnoses, key=lambda each: (each.verdict, each.degradation)):
-        alike = list(run)
-        last = first + len(alike) - 1
+    for (_, _, alike), run in groupby(
+        images, key=lambda image: (image[0].verdict, image[0].degradation, image[1])
+    ):
+        found = [each for each, _ in run]
+        last = first + len(found) - 1
         place = f"image {first}" if first == last else f"images {first}-{last}"
-        lines.append(f"{place}: {outcome(vote(alike), steps)}")
+        line = outcome(found[0] if len(found) == 1 else vote(found), alike)
+        lines.append(line if len(images) == 1 else f"{place}: {line}")
         first = last + 1
     return "\n".join(lines)
 
 
-def outcome(found: Diagnosis, steps: Sequence[Degradation] | None) -> str:
+def outcome(found: Diagnosis, taken: Sequence[Degradation] | None) -> str:
     """Return what was found and, given what was restored, what came of it."""
-    if steps is None:
+    if taken is None:
         return found.words
-    acted = found.verdict == "degraded" and found.degradation in steps
-    return f"{found.words}; {'restored' if acted else 'left as it is'}"
+    acted = found.verdict == "degraded" and found.degradation in taken
+    later = "".join(f", then {step.label}" for step in taken if step is not found.degradation)
+    return f"{found.words}; {'restored' if acted else 'left as it is'}{later}"
 
 
 @dataclass(slots=True)
@@ -600,21 +607,23 @@ class Restorer:
         measured = 0 if course.attention is None else SAMPLED_WINDOWS
         spread = torch.zeros(len(pixels), *pixels.shape[2:]) if ensemble else None
         most = 1 if diagnosis.told or (len(pixels) > 1 and not diagnoses) else most_steps
-        steps: list[Degradation] = []
+        taken: list[tuple[Degradation, ...]] = [()] * len(pixels)
         for number, found in enumerate(verdicts if any(acting) else ()):
             image[number] = pixels[number]
             if acting[number]:
                 colours = colours_of(pixels[number])
                 progress = portion(on_progress, number, len(pixels), begun=measured)
                 share = blend(strength, weight, number, colours)
-                restored, taken, deviation = self.run_steps(colours, found, most, course, progress)
+                restored, taken[number], deviation = self.run_steps(
+                    colours, found, most, course, progress
+                )
                 restored = untinted(restored, colours).to(colours.dtype)
                 put_colours(image[number], torch.lerp(colours, restored, share))
                 if spread is not None:
                     spread[number] = (share * deviation)[0, 0]
-                steps += [step for step in taken if step not in steps]
             if on_image is not None:
                 on_image(number, image[number])
+        steps = tuple(dict.fromkeys(step for each in taken for step in each))
         image = image if steps else pixels
         record = RestorationRecord(
             weights=self.weights,
@@ -630,7 +639,9 @@ class Restorer:
             ensemble=ensemble,
             notes=tuple(course.notes),
         )
-        return Restoration(image, diagnosis, tuple(steps), record, diagnoses, spread)
+        return Restoration(
+            image, diagnosis, steps, record, diagnoses, tuple(taken) if diagnoses else (), spread
+        )
 
     def run_steps(
         self,
