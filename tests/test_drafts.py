@@ -1,5 +1,7 @@
 """Drafts: what a run that died while it replaced an output has left is mended."""
 
+import os
+
 import pytest
 
 from dfpir.drafts import Draft, copy_folder, recover
@@ -99,3 +101,15 @@ def test_a_copy_of_what_is_protected_can_be_written_to(tmp_path):
     for path in (tmp_path / "copy").rglob("*"):
         assert path.stat().st_mode & 0o200
     (tmp_path / "source" / "inner").chmod(0o755)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows lets few users make symbolic links")
+def test_what_cannot_be_copied_is_named_in_one_line(tmp_path):
+    folder(tmp_path / "source", "kept")
+    for name in ("one", "other"):
+        (tmp_path / "source" / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match="cannot be copied to the output") as caught:
+        copy_folder(tmp_path / "source", tmp_path / "copy")
+    message = str(caught.value)
+    assert "(nor can 1 more): " in message and message.count("nowhere") == 0
+    assert "\n" not in message and "), (" not in message

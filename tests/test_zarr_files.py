@@ -346,6 +346,23 @@ def test_the_command_line_restores_one_zarr(tiny_weights, tmp_path, capsys):
     assert cli.main(["restore", "a.png", "-o", "b.png", "--scheduler", "tcp://127.0.0.1:1"]) == 2
 
 
+def test_the_command_line_restores_one_level_alone(tiny_weights, tmp_path, capsys):
+    picture = write_ome(tmp_path / "in.zarr", [grey(64, 64), grey(32, 32)], "yx", chunks=(32, 32))
+    told = ["--degradation", "rain", "--weights", str(tiny_weights)]
+    assert cli.main(["restore", str(picture / "1"), "-o", str(tmp_path / "o.zarr"), *told]) == 0
+    assert str(picture / "1") in capsys.readouterr().out
+    assert zarr.open(str(tmp_path / "o.zarr"), mode="r").shape == (32, 32)
+
+
+def test_the_record_of_a_first_restoration_is_kept_by_the_second(tiny_weights, tmp_path):
+    write(tmp_path / "0.zarr", grey(64, 64), chunks=(64, 64))
+    for number, kind in enumerate(("rain", "haze")):
+        places = tmp_path / f"{number}.zarr", tmp_path / f"{number + 1}.zarr"
+        restore_zarr(*places, kind, weights=tiny_weights)
+    records = zarr.open(str(tmp_path / "2.zarr"), mode="r").attrs["dfpir"]
+    assert [each["steps"] for each in records] == [["rain"], ["haze"]]
+
+
 def test_the_command_line_says_that_an_interrupted_run_can_be_continued(
     tiny_weights, tmp_path, capsys, monkeypatch
 ):

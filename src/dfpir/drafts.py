@@ -101,13 +101,24 @@ def copy_folder(source: Path, folder: Path, leave_out: Collection[Path] = ()) ->
     """Copy a folder, without some of what is in it, so that the copy can be written to.
 
     A source may be protected from that.
+
+    Raises
+    ------
+    OSError
+        If something in it cannot be read, or there is no room for it.
     """
-    shutil.copytree(
-        source,
-        folder,
-        ignore=lambda at, names: [name for name in names if Path(at) / name in leave_out],
-        copy_function=shutil.copyfile,
-    )
+    try:
+        shutil.copytree(
+            source,
+            folder,
+            ignore=lambda at, names: [name for name in names if Path(at) / name in leave_out],
+            copy_function=shutil.copyfile,
+        )
+    except shutil.Error as error:  # All that failed, each with its whole path twice.
+        (path, _, reason), *others = error.args[0]
+        more = f" (nor can {len(others)} more)" if others else ""
+        message = f"{path}: cannot be copied to the output{more}: {reason}"
+        raise OSError(message) from None
     for place, _, _ in os.walk(folder):
         Path(place).chmod(Path(place).stat().st_mode | stat.S_IRWXU)
 

@@ -92,8 +92,11 @@ def draft_key(source: Path, records: Sequence[RestorationRecord], side: int) -> 
 
 
 def is_zarr(path: Path) -> bool:
-    """Tell whether a path is meant as a zarr folder, by its name."""
-    return path.suffix.lower() == SUFFIX
+    """Tell whether a path is meant as a zarr folder, by its name or by what it holds.
+
+    The arrays within a group, such as its levels, have names of all kinds.
+    """
+    return path.suffix.lower() == SUFFIX or has_metadata(path)
 
 
 def open_zarr(path: Path, mode: str = "r") -> Any:
@@ -229,8 +232,9 @@ def restore_zarr(
     Returns
     -------
     StackRestoration
-        Its image is the finest level, as a zarr array on disk. Its records are attributes of the
-        output, ``"dfpir"``. Where nothing was to be done the output is a copy.
+        Its image is the finest level, as a zarr array on disk. Its records are an attribute of the
+        output, ``"dfpir"``, after those that the source has there. Where nothing was to be done
+        the output is a copy.
 
     Raises
     ------
@@ -285,7 +289,8 @@ def restore_zarr(
             write_levels(source, draft, layout, image, scheduler, writing)
         else:
             copy_folder(source, draft.content)
-        attributes = {RECORDS: [each.as_dict() for each in done.records], KEY: key}
+        made = [each.as_dict() for each in done.records]
+        attributes = {RECORDS: [*earlier_records(source), *made], KEY: key}
         open_zarr(draft.content, "r+").attrs.update(attributes)
         consolidate_like(source, draft.content)
         if draft_key(source, done.records, side) != key:
@@ -297,6 +302,12 @@ def restore_zarr(
         raise
     reporter.say("done", 1, 1)
     return StackRestoration(open_level(output, layout.paths[0]), done.diagnoses, done.records)
+
+
+def earlier_records(source: Path) -> list[object]:
+    """Return the records of a picture that was restored before."""
+    found = open_zarr(source).attrs.get(RECORDS)
+    return found if isinstance(found, list) else []
 
 
 def check_places(source: Path, output: Path, *, replace: bool) -> None:
