@@ -210,6 +210,24 @@ def lit_from_near(pixels: Tensor, depth: Tensor, generator: Generator) -> Tensor
     return pixels * torch.exp(-fall * (depth - depth.amin((2, 3), True)))
 
 
+def steeper(pixels: Tensor, gain: float | Tensor) -> Tensor:
+    """Return images (..., 3, H, W) with `gain` times the contrast around their means, clipped."""
+    mean = pixels.mean(dim=(-3, -2, -1), keepdim=True)
+    return (mean + gain * (pixels - mean)).clamp(0, 1)
+
+
+def contrasted(pixels: Tensor, generator: Generator) -> Tensor:
+    """Give half of the images up to twice the contrast around their mean, or a little less.
+
+    In rooms, and against the light, windows are white and corners black. A network that has seen
+    softer scenes alone takes such contrast behind haze for less haze.
+    """
+    count = len(pixels)
+    gain = log_uniform(count, 0.8, 2.0, generator)
+    gain = torch.where(rand(count, 1, 1, 1, generator=generator) < 0.5, gain, 1.0)
+    return steeper(pixels, gain.to(pixels.device))
+
+
 def shake_kernels(count: int, extent: Tensor, size: int, generator: Generator) -> Tensor:
     """Return (N, size, size) kernels, each summing to 1, of the path of an unsteady hand.
 
@@ -326,14 +344,14 @@ WELL_EXPOSED = 0.46
 
 
 def well_exposed(pixels: Tensor) -> Tensor:
-    """Bring the mean of each darker picture half-way up to `WELL_EXPOSED`, by a gamma curve.
+    """Bring the mean of each darker picture up to `WELL_EXPOSED`, by a gamma curve.
 
-    Nobody restores a dark picture to get a dark one; but what was darker than other scenes, and is
-    in the dark, may remain so. A bright scene is left as bright as it is: of two dark pictures the
-    brighter one is mostly of the brighter scene.
+    Nobody restores a dark picture to get a dark one, and how dark the scene itself was the picture
+    does not tell. A bright scene is left as bright as it is: of two dark pictures the brighter one
+    is mostly of the brighter scene.
     """
     mean = pixels.mean(dim=(1, 2, 3), keepdim=True).clamp(0.02, 0.98)
-    exponent = (math.log(WELL_EXPOSED) / mean.log()) ** 0.5
+    exponent = math.log(WELL_EXPOSED) / mean.log()
     return pixels.clamp(min=1e-4) ** exponent.clamp(0.5, 1)
 
 
@@ -518,7 +536,8 @@ def training_pairs(
             sharp = pixels[chosen]
             if kind is Degradation.HAZE:
                 depth = scene_depth(sharp, generator)
-                sharp = full_contrast(lit_from_near(sharp, depth, generator))
+                sharp = contrasted(lit_from_near(sharp, depth, generator), generator)
+                sharp = full_contrast(sharp)
                 inputs[chosen] = haze(sharp, generator, depth=depth)
             else:
                 if kind is Degradation.LOW_LIGHT:
