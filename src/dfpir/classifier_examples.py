@@ -35,7 +35,6 @@ from dfpir.synthesis import (
     quantised,
     scene_depth,
     smooth_field,
-    steeper,
     uniform,
 )
 from dfpir.training import Pictures, cut
@@ -248,9 +247,6 @@ def toned(patch: Tensor, kind: str, generator: Generator) -> Tensor:
     if chance(0.6 if instrument else 0.2, generator):
         contrast = between(flattest, 1.0, generator)
         patch = contrast * patch + (1 - contrast) * between(0.0, 0.6, generator)
-    elif chance(0.35, generator):
-        # Rooms, and scenes against the light: behind haze they still have much contrast.
-        patch = steeper(patch, math.exp(between(0.0, math.log(2.2), generator)))
     return patch
 
 
