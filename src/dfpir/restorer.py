@@ -147,7 +147,7 @@ def summarise(
         found = [each for each, _ in run]
         last = first + len(found) - 1
         place = f"image {first}" if first == last else f"images {first}-{last}"
-        line = outcome(found[0] if len(found) == 1 else vote(found), alike)
+        line = outcome(vote(found), alike)
         lines.append(line if len(images) == 1 else f"{place}: {line}")
         first = last + 1
     return "\n".join(lines)
@@ -329,8 +329,10 @@ def vote(diagnoses: Sequence[Diagnosis]) -> Diagnosis:
     """Return one diagnosis for all images of a stack: the most frequent verdict.
 
     Noise of any level is one kind. Probabilities are averaged over the stack, sigma over the images
-    that agree, and the level of noise is the one nearest to that.
+    that agree, and the level of noise is the one nearest to that. A diagnosis alone is the result.
     """
+    if len(diagnoses) == 1:
+        return diagnoses[0]
     parties: dict[tuple[str, str], list[Diagnosis]] = {}
     for each in diagnoses:
         kind = kind_of(each.degradation) if each.degradation else CLEAN
