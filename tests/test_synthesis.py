@@ -58,6 +58,17 @@ def test_haze_brings_colours_nearer_to_its_light(sharp):
     assert float(hazy.min()) > float(sharp.min())
 
 
+def test_half_of_the_haze_is_white_and_the_rest_grey():
+    black = torch.zeros(600, 3, 2, 2)
+    light = synthesis.haze(black, seeded(), beta=30.0, depth=torch.ones(600, 1, 2, 2))[..., 0, 0]
+    brightness = light.mean(dim=1)
+    assert 0.64 < float(brightness.amin()) < 0.68
+    white = brightness > 0.985  # tinted by 3 % at the most
+    assert float(white.float().mean()) == pytest.approx(0.5, abs=0.06)
+    assert float((brightness < 0.8).float().mean()) == pytest.approx(0.21, abs=0.05)
+    torch.testing.assert_close(light, brightness[:, None].expand(-1, 3), rtol=0.065, atol=0)
+
+
 def test_blur_keeps_light_and_removes_detail(sharp):
     blurred = synthesis.motion_blur(sharp, seeded(2))
     assert difference(blurred) < 0.9 * difference(sharp)
@@ -114,6 +125,20 @@ def test_lamps_stand_out_of_the_dark():
     assert float((white > grey).float().mean()) > 0.95
 
 
+def test_glare_lifts_black_and_white_stands_out_in_the_dark():
+    """Against a sensor with a power for a curve, by which black stays black in three of four."""
+    scene = torch.full((400, 3, 8, 24), 0.5)
+    scene[..., :8] = 0.0
+    scene[..., 16:] = 0.79  # below what may be a lamp
+    dark = synthesis.low_light(scene, seeded(5), 2**-5)
+    black, grey, white = dark.mean(dim=(1, 2)).reshape(400, 3, 8).median(dim=2).values.T
+    lifted = black > 0.25 * grey
+    assert 0.5 < float(lifted.float().mean()) < 0.95
+    # In linear light 0.79 is 2.8 times 0.5.
+    stops = (white / grey.clamp(min=1 / 255)).log2()
+    assert 0.65 < float(stops.median()) < 1.2
+
+
 def test_black_stays_black_in_the_dark():
     """Rounding must not take a value below the foot of the curve."""
     dark = synthesis.low_light(torch.zeros(64, 3, 16, 16), seeded())
@@ -168,6 +193,14 @@ def test_depth_is_that_of_a_scene(sharp):
     # What lies lower is nearer, more often than not.
     lower, upper = depth[:, :, -32:].mean(dim=(1, 2, 3)), depth[:, :, :32].mean(dim=(1, 2, 3))
     assert 0.5 < float((lower < upper).float().mean()) < 0.95
+
+
+def test_what_is_bright_is_farther_more_often_than_not():
+    scene = torch.full((300, 3, 32, 64), 0.2)
+    scene[..., 32:] = 0.8
+    depth = synthesis.scene_depth(scene, seeded(6))
+    dark, bright = (side.mean(dim=(1, 2, 3)) for side in (depth[..., :32], depth[..., 32:]))
+    assert 0.52 < float((bright > dark).float().mean()) < 0.8
 
 
 def test_haze_thickens_with_depth(sharp):

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ from dfpir.classifier_examples import (
 )
 from dfpir.degradation import CLEAN, NOISES, Degradation
 from dfpir.model import DFPIR
-from dfpir.training import Pictures, check_output, part_generator
+from dfpir.training import Pictures, check_output, part_generator, threads
 from dfpir.weights import file_hash, load_model, resolve
 
 logger = logging.getLogger(__name__)
@@ -154,14 +154,23 @@ def draw_batch(
 
 
 def draw_features(
-    model: DegradationClassifier, pools: Pools, seed: int, numbers: Iterable[int]
+    model: DegradationClassifier, pools: Pools, seed: int, numbers: Sequence[int]
 ) -> list[tuple[Tensor, int]]:
     """Return features and kinds of those of the numbered examples that are not too faint."""
     model.eval()
-    drawn = (draw_example(pools, part_generator(seed, number, 1)) for number in numbers)
-    return [
-        (features_of(model, example[0])[0], example[1]) for example in drawn if example is not None
-    ]
+
+    def drawn(number: int) -> tuple[Tensor, int] | None:
+        example = draw_example(pools, part_generator(seed, number, 1))
+        return None if example is None else (features_of(model, example[0])[0], example[1])
+
+    with threads(torch.get_num_threads()) as pool:
+        found = tqdm(
+            pool.map(drawn, numbers),
+            desc="looking at whole pictures",
+            total=len(numbers),
+            unit="picture",
+        )
+        return [each for each in found if each is not None]
 
 
 def fit_overview(
@@ -484,8 +493,7 @@ def train_classifier(
         if value.ndim == 4:
             value.copy_(value.half())
     calibrate(trainer.average, cases)
-    numbers = tqdm(range(settings.wholes), desc="looking at whole pictures", unit="picture")
-    examples = draw_features(trainer.average, trainer.pools, seed, numbers)
+    examples = draw_features(trainer.average, trainer.pools, seed, range(settings.wholes))
     fit_overview(trainer.average, examples, seed)
     calibrate_overview(trainer.average, cases)
     record: dict[str, object] = {

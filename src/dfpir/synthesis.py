@@ -143,8 +143,9 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
     The inverse depth of a plane is linear in the coordinates of a picture. What is seen of a
     floor, a ceiling, two walls and the ground between them is the nearest of their planes; some of
     them are absent. On it lie soft relief and objects: a random mixture of colours, smoothed and
-    cut into bands, has its edges on edges of the picture. Nothing need be near: the nearest
-    point is at a random part, up to a half, of the distance of the farthest, or beyond it.
+    cut into bands, has its edges on edges of the picture; what is bright is farther, more often
+    than not. Nothing need be near: the nearest point is at a random part, up to three tenths, of
+    the distance of the farthest, or beyond it.
     """
     count, _, height, width = pixels.shape
     device = generator.device
@@ -154,10 +155,10 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
     nearness = torch.ones(count, 1, height, width, device=device)
     for distance, likely in ((rows, 0.8), (-rows, 0.4), (columns, 0.4), (-columns, 0.4)):
         present = rand(count, 1, 1, 1, generator=generator) < likely
-        steepness = log_uniform(count, 0.7, 6, generator) * present
+        steepness = log_uniform(count, 0.8, 10, generator) * present
         nearness = torch.maximum(nearness, steepness * distance)
     relief = smooth_field(count, height, width, 4, generator)
-    mixture = rand(count, 3, 1, 1, generator=generator) - 0.3
+    mixture = rand(count, 3, 1, 1, generator=generator) - 0.6  # the sky is bright and far
     blurred = gaussian_blur2d(pixels.to(device), (9, 9), (2.0, 2.0))
     objects = (blurred * mixture).sum(dim=1, keepdim=True)
     objects = (objects - objects.amin((2, 3), True)) / (
@@ -169,7 +170,7 @@ def scene_depth(pixels: Tensor, generator: Generator) -> Tensor:
     nearness = nearness * torch.exp(strength[0] * relief + strength[1] * objects)
     depth = nearness.amin((2, 3), True) / nearness
     nearest = depth.amin((2, 3), True)
-    moved = torch.maximum(nearest, uniform(count, 0, 0.5, generator))
+    moved = torch.maximum(nearest, uniform(count, 0, 0.3, generator))
     depth = moved + (depth - nearest) * (1 - moved) / (1 - nearest).clamp(min=1e-3)
     return depth.to(pixels.device)
 
@@ -182,7 +183,9 @@ def haze(
 ) -> Tensor:
     """Scatter light on the way to the camera: J t + A (1 - t) with t = exp(-beta * depth).
 
-    Depth (N, 1, H, W) is 1 at the farthest point; `beta` is drawn from 0.5 to 5 if not given.
+    Depth (N, 1, H, W) is 1 at the farthest point; `beta` is drawn from 0.5 to 5 if not given. In
+    half of the images the haze is as bright as white, as an exposure for what is near makes it; in
+    the others it is grey, down to 0.65. A network that expects grey leaves some of white haze.
 
     References
     ----------
@@ -190,7 +193,7 @@ def haze(
     """
     count = len(pixels)
     thickness = given_or(beta, log_uniform(count, 0.5, 5.0, generator))
-    light = uniform(count, 0.65, 1.0, generator)
+    light = uniform(count, 0.65, 1.35, generator).clamp(max=1)
     tint = 1 + 0.06 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
     thickness, light = (value.to(pixels.device) for value in (thickness, light * tint))
     if depth is None:
@@ -300,24 +303,30 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
 
     In most images the noise is shot and read noise, in half of those smeared over neighbouring
     pixels, as the interpolation of colours and a camera's own denoising leave it. `exposure`, the
-    fraction of the light, is drawn from 0.004 to 0.2 if not given; in two of three images it is
-    four and a half to seven stops too little, as in most pictures that somebody wants to brighten.
-    The white balance is off by up to a half for each colour: that of lamps is hard to find in the
-    dark. In half of the images what is white is a lamp, a window or the sky: up to 60 times as
-    bright as a white thing, it stands out of the dark.
+    fraction of the light of what is white, is drawn from 0.004 to 0.2 if not given; in two of
+    three images it is four and a half to seven stops too little, as in most pictures that somebody
+    wants to brighten. The white balance is off by up to a half for each colour: that of lamps is
+    hard to find in the dark.
+
+    A camera squeezes what is bright, so that a good exposure shows it nearer to grey than it is: in
+    the dark white stands out more, by up to six times. In half of the images what is white is a
+    lamp, a window or the sky besides, up to 60 times as bright as a white thing. And what is black
+    is not: three of four lenses spread up to three tenths of the light over the picture.
     """
     count = len(pixels)
     # Cameras draw curves of their own through the shadows: a power, with a straight foot that is
     # often shorter than that of sRGB, and more or less contrast.
     power = uniform(count, 0.38, 0.55, generator)
     foot = log_uniform(count, 3e-5, 3e-3, generator)
-    contrast = log_uniform(count, 0.7, 1.8, generator)
+    contrast = log_uniform(count, 0.7, 1.6, generator)
     usual = log_uniform(count, 2**-7, 2**-4.5, generator)
     any_light = log_uniform(count, 0.004, 0.2, generator)
     drawn = torch.where(rand(count, 1, 1, 1, generator=generator) < 2 / 3, usual, any_light)
     light = given_or(exposure, drawn) ** (1 / contrast)
     balance = (0.8 * (rand(count, 3, 1, 1, generator=generator) - 0.5)).exp()
-    black = 0.001 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
+    # More often too much is left of a sensor's offset than too little.
+    black = 0.001 * (rand(count, 1, 1, 1, generator=generator) - 0.25)
+    black = black + 0.0003 * (rand(count, 3, 1, 1, generator=generator) - 0.5)
     noisy = (rand(count, 1, 1, 1, generator=generator) < 0.8).float()
     smeared = rand(count, 1, 1, 1, generator=generator) < 0.5
     shot = noisy * log_uniform(count, 1e-6, 4e-4, generator)
@@ -325,12 +334,29 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     noise = normal_like(pixels, generator)
     shining = rand(count, 1, 1, 1, generator=generator) < 0.5
     excess = torch.where(shining, log_uniform(count, 1, 60, generator) - 1, 0.0)
-    gain, black, smeared, shot, read, power, foot, contrast, excess = (
+    shoulder = uniform(count, 0, 5, generator)
+    glare = log_uniform(count, 0.02, 0.3, generator)
+    glare = torch.where(rand(count, 1, 1, 1, generator=generator) < 3 / 4, glare, 0.0)
+    gain, black, smeared, shot, read, power, foot, contrast, excess, shoulder, glare = (
         value.to(pixels.device)
-        for value in (light * balance, black, smeared, shot, read, power, foot, contrast, excess)
+        for value in (
+            light * balance,
+            black,
+            smeared,
+            shot,
+            read,
+            power,
+            foot,
+            contrast,
+            excess,
+            shoulder,
+            glare,
+        )
     )
     white = ((pixels.amin(dim=1, keepdim=True) - WHITE) / (1 - WHITE)).clamp(min=0)
-    photons = rgb_to_linear_rgb(pixels) * gain * (1 + excess * white**2)
+    scene = rgb_to_linear_rgb(pixels)
+    scene = scene * (1 + excess * white**2) / (1 + shoulder * (1 - scene))
+    photons = gain * torch.lerp(scene, scene.mean(dim=(2, 3), keepdim=True), glare)
     noise = (shot * photons + read**2).sqrt() * noise
     # The blur takes a factor of about 2.8 from white noise.
     noise = torch.where(smeared, 2 * gaussian_blur2d(noise, (5, 5), (0.8, 0.8)), noise)
@@ -541,7 +567,7 @@ def training_pairs(
                 inputs[chosen] = haze(sharp, generator, depth=depth)
             else:
                 if kind is Degradation.LOW_LIGHT:
-                    sharp = well_exposed(full_contrast(sharp))
+                    sharp = well_exposed(full_contrast(contrasted(sharp, generator)))
                 elif kind is Degradation.BLUR:
                     sharp = softened(sharp, generator)
                 inputs[chosen] = degrade(sharp, kind, generator)

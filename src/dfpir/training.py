@@ -471,6 +471,18 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest() if tensors else ""
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Lend `count` threads; where there are several, PyTorch starts no further ones in them."""
+    usual = torch.get_num_threads()
+    only_one = None if count == 1 else partial(torch.set_num_threads, 1)
+    with ThreadPoolExecutor(count, initializer=only_one) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(usual)  # or every thread to come would have but one, too
+
+
 class Trainer:
     """State of one run: the network, its average, the optimisers, and the log.
 
@@ -759,18 +771,6 @@ class Trainer:
         self.update()
         return error
 
-    @contextlib.contextmanager
-    def threads(self) -> Iterator[ThreadPoolExecutor]:
-        """Lend one thread for each replica; where there are several, none starts further ones."""
-        usual = torch.get_num_threads()
-        alone = len(self.replicas) == 1
-        only_one = None if alone else partial(torch.set_num_threads, 1)
-        with ThreadPoolExecutor(len(self.replicas), initializer=only_one) as pool:
-            try:
-                yield pool
-            finally:
-                torch.set_num_threads(usual)  # or every thread to come would have but one, too
-
     def run(self, *, every: int = 10_000, save_seconds: float = 180.0) -> None:
         """Train to the end of the settings' patches, validating after each `every` patches."""
         if self.settings.specialist:
@@ -780,7 +780,7 @@ class Trainer:
         before = self.seconds
         with (
             tqdm(total=self.settings.patches, initial=self.seen, unit="patch") as bar,
-            self.threads() as pool,
+            threads(len(self.replicas)) as pool,
         ):
             try:
                 while self.seen < self.settings.patches:
