@@ -176,11 +176,11 @@ def test_classify(picture, capsys):
 
 def test_weights_list_verify_path(capsys):
     assert run("weights", "list") == 0
-    assert "* dfpir-compact-13" in capsys.readouterr().out
+    assert "* dfpir-compact-14" in capsys.readouterr().out
     assert run("weights", "verify") == 0
     assert capsys.readouterr().out.count("right") == 2
     assert run("weights", "path") == 0
-    assert capsys.readouterr().out.strip().endswith("dfpir-compact-13.safetensors")
+    assert capsys.readouterr().out.strip().endswith("dfpir-compact-14.safetensors")
 
 
 def test_a_bundled_file_that_is_missing_is_named(monkeypatch, capsys):

@@ -523,7 +523,7 @@ def test_a_given_model_is_not_touched(tiny_model):
 
 def test_weights_and_model_exclude_each_other(tiny_model):
     with pytest.raises(ValueError, match="not both"):
-        Restorer("dfpir-compact-13", model=tiny_model)
+        Restorer("dfpir-compact-14", model=tiny_model)
 
 
 def test_pixels_keep_dtype_and_stay_usable(restorer):
@@ -687,7 +687,7 @@ def test_bundled_weights_restore_noise(photograph):
     error = lambda image: np.square(image.astype(float) - photograph).mean()  # noqa: E731
     assert done.diagnosis.degradation is Degradation.NOISE_25
     assert error(done.image) < error(noisy) / 4
-    assert done.record.weights == "dfpir-compact-13"
+    assert done.record.weights == "dfpir-compact-14"
     assert SMALL_COMPACT.stem == 2
 
 
