@@ -35,7 +35,6 @@ from dfpir.synthesis import (
     quantised,
     scene_depth,
     smooth_field,
-    steeper,
     uniform,
 )
 from dfpir.training import Pictures, cut
@@ -73,9 +72,6 @@ WHOLE_SHARES = {
 
 LONGEST_WHOLE = 640
 SHORTEST_WHOLE = 160
-MOST_CONTRAST = 2.0
-"""How many times its own contrast a photograph may have, as rooms with windows do."""
-
 MOST_ENLARGED = 2.2
 MOST_SHRUNK = 0.4
 
@@ -238,8 +234,6 @@ def toned(patch: Tensor, kind: str, generator: Generator) -> Tensor:
         patch = patch[torch.randperm(3, generator=generator)]
     if chance(0.35, generator):
         patch = patch ** math.exp(between(math.log(0.6), math.log(1.8), generator))
-    if chance(0.3, generator):
-        patch = steeper(patch, math.exp(between(0, math.log(MOST_CONTRAST), generator)))
     grey = chance(0.25, generator)
     if grey:
         patch = (patch * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
