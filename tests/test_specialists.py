@@ -243,7 +243,7 @@ def test_a_specialist_is_trained_further(pictures, tmp_path, specialised, levels
     run.start_from(specialised)
     before = specialised.specialists["noise"].embed.weight
     assert torch.equal(run.model.embed.weight, before)
-    with run.threads() as pool:
+    with training.threads(len(run.replicas)) as pool:
         run.train_step(pool)
     assert not torch.equal(run.average.embed.weight, before)
     run.average.eval()

@@ -252,11 +252,11 @@ def test_balance_weighs_small_errors_more_and_each_on_its_own():
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_side_by_side_is_one_after_the_other(pictures, tmp_path, monkeypatch, workers):
-    def three_steps(threads):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    def three_steps(count):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
         run = trainer(pictures, tmp_path, batch=20)
-        assert len(run.replicas) == min(threads, 3)
-        with run.threads() as pool:
+        assert len(run.replicas) == min(count, 3)
+        with training.threads(len(run.replicas)) as pool:
             losses = [float(run.train_step(pool)) for _ in range(3)]
         return losses, run
 
@@ -281,7 +281,7 @@ def test_threads_that_come_after_a_training_are_as_before(pictures, tmp_path):
     try:
         run = trainer(pictures, tmp_path, batch=20)
         assert len(run.replicas) == 2
-        with run.threads() as pool:
+        with training.threads(len(run.replicas)) as pool:
             assert pool.submit(torch.get_num_threads).result() == 1
         assert of_a_new_thread() == 2
     finally:
