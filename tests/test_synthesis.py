@@ -126,7 +126,7 @@ def test_lamps_stand_out_of_the_dark():
 
 
 def test_glare_lifts_black_and_white_stands_out_in_the_dark():
-    """Against a sensor with a power for a curve, by which black stays black in three of four."""
+    """In about three of four images black is nearer to grey than a sensor alone makes it."""
     scene = torch.full((400, 3, 8, 24), 0.5)
     scene[..., :8] = 0.0
     scene[..., 16:] = 0.79  # below what may be a lamp

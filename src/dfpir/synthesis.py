@@ -298,6 +298,27 @@ WHITE = 0.8
 """What is brighter than this in all channels may be a source of light."""
 
 
+def light_of_scene(pixels: Tensor, generator: Generator) -> Tensor:
+    """Return the light (N, 3, H, W) on a sensor, 1 for a white thing, of well exposed pictures.
+
+    A camera squeezes what is bright, so that a good exposure shows it nearer to grey than it is: in
+    the dark white stands out more, by up to six times. In half of the images what is white is a
+    lamp, a window or the sky besides, up to 60 times as bright as a white thing. And what is black
+    is not: three of four lenses spread up to three tenths of the light over the picture.
+    """
+    count = len(pixels)
+    shining = rand(count, 1, 1, 1, generator=generator) < 0.5
+    excess = torch.where(shining, log_uniform(count, 1, 60, generator) - 1, 0.0)
+    shoulder = uniform(count, 0, 5, generator)
+    glare = log_uniform(count, 0.02, 0.3, generator)
+    glare = torch.where(rand(count, 1, 1, 1, generator=generator) < 3 / 4, glare, 0.0)
+    excess, shoulder, glare = (value.to(pixels.device) for value in (excess, shoulder, glare))
+    white = ((pixels.amin(dim=1, keepdim=True) - WHITE) / (1 - WHITE)).clamp(min=0)
+    light = rgb_to_linear_rgb(pixels)
+    light = light * (1 + excess * white**2) / (1 + shoulder * (1 - light))
+    return torch.lerp(light, light.mean(dim=(2, 3), keepdim=True), glare)
+
+
 def low_light(pixels: Tensor, generator: Generator, exposure: float | None = None) -> Tensor:
     """Expose too little: less light, shifted white balance and black, sensor noise, gamma, 8 bits.
 
@@ -306,12 +327,7 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     fraction of the light of what is white, is drawn from 0.004 to 0.2 if not given; in two of
     three images it is four and a half to seven stops too little, as in most pictures that somebody
     wants to brighten. The white balance is off by up to a half for each colour: that of lamps is
-    hard to find in the dark.
-
-    A camera squeezes what is bright, so that a good exposure shows it nearer to grey than it is: in
-    the dark white stands out more, by up to six times. In half of the images what is white is a
-    lamp, a window or the sky besides, up to 60 times as bright as a white thing. And what is black
-    is not: three of four lenses spread up to three tenths of the light over the picture.
+    hard to find in the dark. What the light is of, see `light_of_scene`.
     """
     count = len(pixels)
     # Cameras draw curves of their own through the shadows: a power, with a straight foot that is
@@ -332,31 +348,12 @@ def low_light(pixels: Tensor, generator: Generator, exposure: float | None = Non
     shot = noisy * log_uniform(count, 1e-6, 4e-4, generator)
     read = noisy * log_uniform(count, 1e-4, 2e-3, generator)
     noise = normal_like(pixels, generator)
-    shining = rand(count, 1, 1, 1, generator=generator) < 0.5
-    excess = torch.where(shining, log_uniform(count, 1, 60, generator) - 1, 0.0)
-    shoulder = uniform(count, 0, 5, generator)
-    glare = log_uniform(count, 0.02, 0.3, generator)
-    glare = torch.where(rand(count, 1, 1, 1, generator=generator) < 3 / 4, glare, 0.0)
-    gain, black, smeared, shot, read, power, foot, contrast, excess, shoulder, glare = (
+    scene = light_of_scene(pixels, generator)
+    gain, black, smeared, shot, read, power, foot, contrast = (
         value.to(pixels.device)
-        for value in (
-            light * balance,
-            black,
-            smeared,
-            shot,
-            read,
-            power,
-            foot,
-            contrast,
-            excess,
-            shoulder,
-            glare,
-        )
+        for value in (light * balance, black, smeared, shot, read, power, foot, contrast)
     )
-    white = ((pixels.amin(dim=1, keepdim=True) - WHITE) / (1 - WHITE)).clamp(min=0)
-    scene = rgb_to_linear_rgb(pixels)
-    scene = scene * (1 + excess * white**2) / (1 + shoulder * (1 - scene))
-    photons = gain * torch.lerp(scene, scene.mean(dim=(2, 3), keepdim=True), glare)
+    photons = gain * scene
     noise = (shot * photons + read**2).sqrt() * noise
     # The blur takes a factor of about 2.8 from white noise.
     noise = torch.where(smeared, 2 * gaussian_blur2d(noise, (5, 5), (0.8, 0.8)), noise)
